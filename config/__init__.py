@@ -1,0 +1,150 @@
+"""Settings of the three programs: defaults, then recipes, then --key=value; the last one wins.
+
+Each program has one dataclass. A field is a key: its name, type, default and meaning stand there and nowhere else, and
+`--help` prints them. A recipe is a Python file: the names that it assigns are keys.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType, NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+T = TypeVar("T")
+
+BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}
+
+
+class UserError(Exception):
+    """What went wrong and what to do, in one line for the person at the keyboard. Ends the program with `status`."""
+
+    status = 1
+
+
+class ConfigError(UserError):
+    """A mistake in the command, a recipe or a value: found before anything was done."""
+
+    status = 2
+
+
+def key(default: Any, meaning: str) -> Any:
+    """A field of a program's dataclass."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+def read(schema: type[T], argv: list[str]) -> T:
+    """Build `schema` from its defaults, the recipes and the --key=value in `argv`. Raises ConfigError."""
+    keys = get_type_hints(schema)
+    options, rest = parser(schema).parse_known_args(argv)
+    values = {}
+    for word in rest:
+        if word.startswith("-"):
+            name = word.lstrip("-").partition("=")[0]
+            raise ConfigError(f"--{name} is no key{did_you_mean(name, keys, '--')}; --help lists them all")
+        values |= recipe(word, keys)
+    for name, text in vars(options).items():
+        values[name] = convert(text, keys[name], f"--{name}")
+    try:
+        return schema(**values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parser(schema: type) -> Parser:
+    """The parser of the --key=value; it leaves recipes and unknown keys to `read`, values as text."""
+    parser = Parser(
+        usage="%(prog)s [config/NAME.py ...] [--key=value ...]",
+        description=schema.__doc__,
+        epilog="A recipe is a Python file that assigns keys; --key=value overrides it. --key value works too.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+    )
+    for field, kind in zip(dataclasses.fields(schema), get_type_hints(schema).values(), strict=True):
+        help = f"{field.metadata['meaning']} (default: {field.default!r}; {describe(kind)})"
+        parser.add_argument(f"--{field.name}", metavar="VALUE", help=help.replace("%", "%%"))
+    return parser
+
+
+def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Run the recipe and return the keys that it assigns; modules, functions and _names are its own business."""
+    if not Path(path).is_file():
+        recipes = [file.as_posix() for file in Path("config").rglob("*.py") if file.name != "__init__.py"]
+        raise ConfigError(f"there is no recipe {path}{did_you_mean(path, recipes)}")
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
+    values = {}
+    for name, value in names.items():
+        if name.startswith("_") or isinstance(value, ModuleType) or callable(value):
+            continue
+        if name not in keys:
+            raise ConfigError(f"{path}: {name} is no key{did_you_mean(name, keys)}")
+        values[name] = convert(value, keys[name], f"{path}: {name}")
+    return values
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """A recipe's value, or the text after --key=, as `kind`. Raises ConfigError."""
+    text, allowed = str(value), options(kind)
+    if NoneType in allowed and text == "None":
+        return None
+    if bool in allowed and text in BOOLS:
+        return BOOLS[text]
+    if value in allowed:
+        return value
+    for number in (int, float):
+        if number in allowed:
+            try:
+                return number(text)
+            except ValueError:
+                pass
+    if str in allowed and isinstance(value, str):
+        return value
+    raise ConfigError(f"{where} must be {describe(kind)}, found {value!r}")
+
+
+def options(kind: Any) -> list:
+    """The types and words that a type hint allows: bool | Literal["auto"] -> [bool, "auto"]."""
+    return [option for part in get_args(kind) for option in options(part)] if get_args(kind) else [kind]
+
+
+def describe(kind: Any) -> str:
+    return " or ".join(MEANING.get(option, option) for option in options(kind))
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a program: a user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(0)
+    except (UserError, OSError) as error:
+        status = getattr(error, "status", 1)
+        # Under torchrun all processes make the same mistake in the same command: one line will do.
+        if status != ConfigError.status or os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(status)
+    except KeyboardInterrupt:
+        sys.exit(130)

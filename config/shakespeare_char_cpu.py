@@ -1,0 +1,15 @@
+# Tiny Shakespeare on a laptop, in two minutes. TODO measured
+dataset = "shakespeare_char"
+out_dir = "out/shakespeare_char_cpu"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 64
+dropout = 0.0
+
+batch_size = 48
+max_iters = 1500
+learning_rate = 5e-3
+min_lr = 0.0
+eval_interval = 500

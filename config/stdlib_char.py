@@ -1,0 +1,16 @@
+# No network at all: the text is the source of the Python that runs this. TODO measured
+dataset = "stdlib_char"
+out_dir = "out/stdlib_char"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 64
+dropout = 0.0
+
+batch_size = 48
+max_iters = 1500
+learning_rate = 5e-3
+min_lr = 0.0
+eval_interval = 500
+eval_iters = 40

@@ -1,0 +1,268 @@
+"""The model: a GPT, and the bigram table that it grows out of.
+
+Token ids in, logits out. This file knows nothing of text, files or training, and needs torch alone, so it can be copied
+into any project. It reads from the smallest part to the whole: attention, feed-forward, block, GPT; then how a
+trained model writes.
+
+Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT. Raises ValueError for one that cannot be built."""
+
+    vocab_size: int
+    block_size: int  # the longest context, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True  # in the linear layers and layer norms, as GPT-2 has them
+    feed_forward: bool = True  # the parts that the lecture adds one by one
+    residual: bool = True
+    layer_norm: bool = True
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.n_layer < 0:
+            raise ValueError(f"n_layer must be at least 0, found {self.n_layer}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout}")
+
+
+class KVCache:
+    """Keys and values of the tokens that one attention layer has read, so that generating reads each token once."""
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+        self.keys = self.values = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, n_head, T, head_size) of T new tokens; return those of all tokens so far."""
+        if self.keys is None:
+            B, n_head, _, head_size = k.shape
+            self.keys = k.new_empty(B, n_head, self.max_length, head_size)
+            self.values = torch.empty_like(self.keys)
+        new = slice(self.length, self.length + k.size(2))
+        self.keys[:, :, new], self.values[:, :, new] = k, v
+        self.length = new.stop
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    """Tokens exchange information: each gathers, by its own question, from those before it (Vaswani et al., 2017)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        # Query: what am I looking for? Key: what do I contain? Value: what do I tell if you attend to me?
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3C) -> (B, T, 3, n_head, head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, n_head, T, head_size)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        # softmax(q k^T / sqrt(head_size), future masked) v, in one fused call that never stores the T x T matrix.
+        # Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise
+        # grow with head_size and push the softmax towards one-hot. A lone token is the last one: it may see everything.
+        # On a CPU the backward pass of bfloat16 attention takes 8 times as long as that of float32.
+        slow = x.device.type == "cpu" and q.requires_grad
+        with torch.autocast(x.device.type, enabled=False) if slow else nullcontext():
+            q, k, v = (t.float() if slow else t for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again, then mixed
+
+
+class FeedForward(nn.Module):
+    """Each token, by itself, thinks about what it has gathered. GELU in GPT-2's tanh form."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+def layer_norm(config: GPTConfig) -> nn.Module:
+    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.layer_norm else nn.Identity()
+
+
+class Block(nn.Module):
+    """Communication, then computation, each adding to what is there: x + f(norm(x)).
+
+    The residual sum gives gradients a straight way from the loss to every layer (He et al., 2015); the norm comes
+    before each part, so that nothing stands in that way (Radford et al., 2019).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.residual = config.residual
+        self.ln_1 = layer_norm(config)
+        self.attn = CausalSelfAttention(config)
+        if config.feed_forward:
+            self.ln_2 = layer_norm(config)
+            self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x * self.residual + self.dropout(self.attn(self.ln_1(x), cache))
+        if hasattr(self, "mlp"):
+            x = x * self.residual + self.dropout(self.mlp(self.ln_2(x)))
+        return x
+
+
+class LanguageModel(nn.Module):
+    """What GPT and Bigram share: the loss, and writing. A subclass has `read`, `lm_head` and `config`."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Predict every next token.
+
+        `idx` and `targets` are token ids (B, T), T at most block_size; the targets are the inputs shifted by one, so
+        that every position is an exercise. Returns the logits (B, T, vocab_size) and the mean cross-entropy in nats
+        per token, or None without targets.
+        """
+        logits = self.lm_head(self.read(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def initialize(self):
+        """Normal weights of std 0.02; those that end a residual branch, divided by sqrt(2 n_layer) (GPT-2, 2.3)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                branches = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+                parameter.normal_(std=0.02 / math.sqrt(branches))
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **choices) -> Tensor:
+        """Continue each row of `idx` (B, T): (B, T + max_new_tokens). For the choices see `stream`."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **choices)), dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stride: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue each row of `idx` (B, T), T at least 1, and yield the tokens as they come, (B, 1) at a time.
+
+        temperature: divides the logits; 0 always takes the likeliest token. top_k: choose among the k likeliest (Fan et
+        al., 2018). top_p: among the fewest that hold this share of probability (Holtzman et al., 2019). generator: the
+        source of chance, on idx's device.
+
+        Past block_size the window slides: the oldest `stride` tokens go and the rest is read anew, at new positions.
+        stride=1 crops at every token, as the lecture does; the default, block_size // 4, costs a fraction of it.
+        """
+        block_size = self.config.block_size
+        stride = max(1, block_size // 4) if stride is None else stride
+        if not 1 <= stride <= block_size:
+            raise ValueError(f"stride must be from 1 to block_size ({block_size}), found {stride}")
+        was_training = self.training
+        self.eval()
+        try:
+            window = unread = idx[:, -block_size:]  # cropped: there are no positions beyond block_size
+            caches = self.new_caches()
+            for _ in range(max_new_tokens):
+                if window.size(1) > block_size:
+                    window = unread = window[:, stride:]
+                    caches = self.new_caches()
+                x = self.read(unread, window.size(1) - unread.size(1), caches)
+                unread = choose(self.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
+                window = torch.cat((window, unread), dim=1)
+                yield unread
+        finally:
+            self.train(was_training)
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token (B, 1) from each row of logits (B, vocab_size)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    vocab_size = logits.size(-1)
+    logits, tokens = (logits.float() / temperature).topk(min(top_k or vocab_size, vocab_size))  # likeliest first
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # those before it already hold top_p
+    return tokens.gather(1, torch.multinomial(probs, 1, generator=generator))
+
+
+class GPT(LanguageModel):
+    """Decoder-only Transformer. State-dict names are GPT-2's."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # what a token is
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # where it stands: attention itself has no order
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": layer_norm(config),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
+        self.initialize()
+
+    def new_caches(self) -> list[KVCache]:
+        return [KVCache(self.config.block_size) for _ in range(self.config.n_layer)]
+
+    def read(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
+        """Token ids (B, T) at positions start ... start + T - 1 -> what the model makes of them (B, T, C)."""
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size ({self.config.block_size})")
+        position = torch.arange(start, end, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C) + (T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, caches[layer] if caches else None)
+        return self.transformer.ln_f(x)
+
+
+class Bigram(LanguageModel):
+    """The simplest language model: row i of one table holds the logits of what follows token i. It has no context."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.lm_head = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.initialize()
+
+    def new_caches(self) -> None:
+        return None
+
+    def read(self, idx: Tensor, start: int = 0, caches: None = None) -> Tensor:
+        return idx

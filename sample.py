@@ -1,0 +1,92 @@
+"""What a model says: a checkpoint and a prompt in, text out.
+
+Reads out_dir and nothing else: a checkpoint carries its tokenizer.
+
+    python sample.py --out_dir=out --start="ROMEO:"
+    python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=5 --temperature=0.8
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import ConfigError, key, read, run
+from prepare import CharTokenizer, tokenizer_of
+from train import choose_device, load_checkpoint, model_of
+
+
+@dataclass
+class SampleConfig:
+    """Continue a text with a trained model."""
+
+    out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
+    start: str = key("\n", "the text to continue, or FILE:path of one")
+    num_samples: int = key(1, "continuations, generated as one batch")
+    max_new_tokens: int = key(500, "tokens in each of them")
+    temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
+    top_k: int | None = key(None, "choose among the k likeliest tokens only")
+    top_p: float | None = key(None, "choose among the fewest tokens that hold this share of probability")
+    seed: int = key(1337, "the same seed gives the same text")
+    device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first of them that is there")
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("temperature", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
+
+
+def main(argv: list[str]) -> None:
+    config = read(SampleConfig, argv)
+    device = choose_device(config.device)
+    path = find_checkpoint(Path(config.out_dir))
+    checkpoint = load_checkpoint(path)
+    model = model_of(checkpoint, path).to(device)
+    tokenizer = tokenizer_of(checkpoint["tokenizer"])
+    idx = torch.from_numpy(prompt(config.start, tokenizer)).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
+    choices = {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "generator": torch.Generator(device).manual_seed(config.seed),
+    }
+    if config.num_samples == 1:  # appears as it is made
+        for tokens in chain([idx], model.stream(idx, config.max_new_tokens, **choices)):
+            print(tokenizer.decode(tokens[0].cpu().numpy()), end="", flush=True)
+        print()
+    else:
+        texts = (tokenizer.decode(row) for row in model.generate(idx, config.max_new_tokens, **choices).cpu().numpy())
+        print("\n---------------\n".join(texts))
+
+
+def find_checkpoint(out_dir: Path) -> Path:
+    for path in (out_dir / "best.pt", out_dir / "ckpt.pt"):
+        if path.exists():
+            return path
+    raise ConfigError(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one")
+
+
+def prompt(start: str, tokenizer: CharTokenizer) -> np.ndarray:
+    """Token ids (T,) of the text to continue. Raises ConfigError for one that cannot be read."""
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start.removeprefix("FILE:")).read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--start: {error}") from None
+    if not start:
+        raise ConfigError("--start is empty: the model needs at least one token to continue")
+    try:
+        return tokenizer.encode(start).astype(np.int64)
+    except ValueError as error:
+        raise ConfigError(f"--start: {error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,99 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import train
+from prepare import PrepareConfig
+
+REPOSITORY = Path(__file__).parent.parent
+WORDS = [
+    "the",
+    "king",
+    "and",
+    "queen",
+    "of",
+    "this",
+    "fair",
+    "land",
+    "did",
+    "speak",
+    "to",
+    "all",
+    "men",
+    "with",
+    "love",
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory; `config/` holds the recipes."""
+    (tmp_path / "config").symlink_to(REPOSITORY / "config")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def dataset(folder, capsys):
+    """data/shakespeare_char with 20,000 characters of made-up words."""
+    text = " ".join(np.random.default_rng(0).choice(WORDS, size=5000))[:20_000]
+    path = folder / "data" / "shakespeare_char" / "input.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    prepare.prepare(PrepareConfig())
+    capsys.readouterr()
+    return path.parent
+
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "dropout": 0.1, "max_iters": 20,
+    "eval_interval": 10, "eval_iters": 4, "log_interval": 5, "warmup_iters": 4, "device": "cpu", "dtype": "float32",
+}  # fmt: skip
+
+
+def tiny(**changes):
+    """The --key=value of a run that takes a second."""
+    return [f"--{name}={value}" for name, value in (TINY | changes).items()]
+
+
+def losses(text):
+    """{step: (train loss, validation loss)} of the evaluation lines."""
+    found = re.findall(r"^step (\d+): train loss ([\d.]+), val loss ([\d.]+)$", text, re.MULTILINE)
+    return {int(step): (float(train_loss), float(val_loss)) for step, train_loss, val_loss in found}
+
+
+def rows(path="out/log.csv"):
+    """log.csv as a list of dicts of strings."""
+    header, *lines = Path(path).read_text().splitlines()
+    return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+
+
+def checkpoint(path="out/ckpt.pt"):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Whether two nested structures hold the same values, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def command(program, *arguments, **settings):
+    """Run a program as a user would, in the current folder."""
+    argv = [sys.executable, str(REPOSITORY / program), *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, **settings)
+
+
+def train_here(**changes):
+    train.main(tiny(**changes))

@@ -1,0 +1,158 @@
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from conftest import REPOSITORY, command
+
+from config import ConfigError, key, read
+from prepare import PrepareConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+
+@dataclasses.dataclass
+class Example:
+    """What it is for."""
+
+    size: int = key(6, "how big")
+    rate: float = key(0.5, "how fast, in % of the usual")
+    name: str = key("a", "what it is called")
+    on: bool = key(True, "whether")
+    limit: int | None = key(None, "at most")
+    mode: Literal["fast", "safe"] = key("fast", "how")
+    compile: Literal["auto"] | bool = key("auto", "when")
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size must be at least 0, found {self.size}")
+
+
+def recipe(text, name="recipe.py"):
+    Path(name).write_text(text)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {}),
+        (["--size=7"], {"size": 7}),
+        (["--size", "7"], {"size": 7}),
+        (["--size=1", "--size=2"], {"size": 2}),
+        (["--rate=1e-3"], {"rate": 1e-3}),
+        (["--rate=2"], {"rate": 2.0}),
+        (["--rate", "-1"], {"rate": -1.0}),
+        (["--name=a=b"], {"name": "a=b"}),
+        (["--name="], {"name": ""}),
+        (["--name=None"], {"name": "None"}),
+        (["--on=False"], {"on": False}),
+        (["--on=false"], {"on": False}),
+        (["--on=0"], {"on": False}),
+        (["--on=1"], {"on": True}),
+        (["--limit=3"], {"limit": 3}),
+        (["--limit=3", "--limit=None"], {"limit": None}),
+        (["--mode=safe"], {"mode": "safe"}),
+        (["--compile=True"], {"compile": True}),
+        (["--compile=0"], {"compile": False}),
+        (["--compile=auto"], {"compile": "auto"}),
+    ],
+)
+def test_keys_override_defaults(argv, expected):
+    found = dataclasses.asdict(read(Example, argv))
+    assert found == dataclasses.asdict(Example()) | expected
+    assert [type(value) for value in found.values()] == [type(v) for v in (found | expected).values()]
+
+
+def test_recipes_override_defaults_keys_override_recipes_and_the_last_wins(folder):
+    first = recipe("size = 1; rate = 0.1; name = 'first'", "first.py")
+    second = recipe("size = 2; name = 'second'", "second.py")
+    config = read(Example, ["--name=key", first, second])
+    assert (config.size, config.rate, config.name) == (2, 0.1, "key")
+
+
+def test_modules_functions_and_private_names_are_the_recipes_own(folder):
+    text = "import math\nfrom pathlib import Path\n_base = 3\ndef double(x):\n    return 2 * x\nsize = double(_base)\n"
+    assert read(Example, [recipe(text)]).size == 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sise=7"], "--sise is no key, did you mean --size?; --help lists them all"),
+        (["--xyzzy=7"], "--xyzzy is no key; --help lists them all"),
+        (["--siz=7"], "--siz is no key, did you mean --size?; --help lists them all"),
+        (["-size=7"], "--size is no key, did you mean --size?; --help lists them all"),
+        (["--size"], "argument --size: expected one argument"),
+        (["--size=big"], "--size must be a whole number, found 'big'"),
+        (["--size=6.0"], "--size must be a whole number, found '6.0'"),
+        (["--rate=fast"], "--rate must be a number, found 'fast'"),
+        (["--on=yes"], "--on must be True or False, found 'yes'"),
+        (["--limit=x"], "--limit must be a whole number or None, found 'x'"),
+        (["--mode=slow"], "--mode must be fast or safe, found 'slow'"),
+        (["--compile=maybe"], "--compile must be auto or True or False, found 'maybe'"),
+        (["--size=-1"], "size must be at least 0, found -1"),
+        (["nothing.py"], "there is no recipe nothing.py"),
+        (["config"], "there is no recipe config"),
+        (["shakespeare_char.py"], "there is no recipe shakespeare_char.py, did you mean config/shakespeare_char.py?"),
+    ],
+)
+def test_mistakes_in_the_command(folder, argv, message):
+    with pytest.raises(ConfigError) as error:
+        read(Example, argv)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sise = 7", "recipe.py: sise is no key, did you mean size?"),
+        ("size = 7.5", "recipe.py: size must be a whole number, found 7.5"),
+        ("size = True", "recipe.py: size must be a whole number, found True"),
+        ("name = 5", "recipe.py: name must be text, found 5"),
+        ("name = ['a']", "recipe.py: name must be text, found ['a']"),
+        ("rate = None", "recipe.py: rate must be a number, found None"),
+        ("mode = 'slow'", "recipe.py: mode must be fast or safe, found 'slow'"),
+        ("\nsize = (7", "recipe.py, line 2: '(' was never closed: size = (7"),
+        ("size = 1\nrate = 1 / 0\n", "recipe.py, line 2: ZeroDivisionError: division by zero"),
+        ("import nowhere", "recipe.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+    ],
+)
+def test_mistakes_in_a_recipe(folder, text, message):
+    with pytest.raises(ConfigError) as error:
+        read(Example, [recipe(text)])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("schema", [Example, PrepareConfig, TrainConfig, SampleConfig])
+def test_help_prints_every_key_with_default_and_meaning(schema, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(schema, ["--help"])
+    assert end.value.code == 0
+    help = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(schema):
+        assert f"--{field.name} VALUE {field.metadata['meaning']} (default: {field.default!r};" in help
+
+
+@pytest.mark.parametrize("program", ["prepare.py", "train.py", "sample.py"])
+def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, program):
+    ended = command(program, "--nonsense=1")
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr == f"{program}: --nonsense is no key; --help lists them all\n"
+
+
+def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    recipes = [path for path in sorted(Path("config").rglob("*.py")) if path.name != "__init__.py"]
+    assert len(recipes) >= 4
+    for path in recipes:
+        config = read(TrainConfig, [str(path)])
+        name = path.relative_to("config").with_suffix("").as_posix()
+        assert config.out_dir == ("out" if name == "shakespeare_char" else f"out/{name}")
+        assert path.read_text().startswith("# ")
+
+
+def test_the_reference_recipe_equals_the_defaults(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert read(TrainConfig, ["config/shakespeare_char.py"]) == TrainConfig()

@@ -1,0 +1,57 @@
+"""The three programs one after another, as a user types them."""
+
+import http.server
+import threading
+
+import pytest
+from conftest import REPOSITORY, command, losses
+
+SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare"
+
+
+def test_own_text_prepare_train_sample(folder):
+    (folder / "mine.txt").write_text("Wär ich ein Vöglein, flög ich zu dir. " * 300)
+    assert command("prepare.py", "--dataset=mine", "--input=mine.txt").returncode == 0
+    small = ["--n_layer=1", "--n_head=4", "--n_embd=64", "--block_size=32", "--batch_size=16", "--dropout=0"]
+    steps = ["--max_iters=150", "--eval_interval=150", "--learning_rate=1e-2"]
+    trained = command("train.py", "--dataset=mine", "--out_dir=out/mine", *small, *steps)
+    assert trained.returncode == 0, trained.stderr
+    assert losses(trained.stdout)[150][1] < 0.5
+    said = command("sample.py", "--out_dir=out/mine", "--start=Wär ich", "--temperature=0", "--max_new_tokens=24")
+    assert said.stdout == "Wär ich ein Vöglein, flög ich z\n"
+
+
+def test_no_network_at_all_trains_on_the_standard_library(folder):
+    trained = command("train.py", "config/stdlib_char.py", "--max_iters=3", "--eval_interval=3", "--eval_iters=2")
+    assert trained.returncode == 0, trained.stderr
+    assert (folder / "data" / "stdlib_char" / "meta.json").exists()
+    assert losses(trained.stdout)[3][1] < losses(trained.stdout)[0][1]
+    assert command("sample.py", "--out_dir=out/stdlib_char", "--start=def ").stdout.startswith("def ")
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
+def test_the_cpu_recipe_on_tiny_shakespeare_downloaded_from_loopback(folder, monkeypatch):
+    """The first 200 steps of the recipe that most readers run first, with the real text, from a real server."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(SHAKESPEARE))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    prepared = command("prepare.py", f"--url=http://127.0.0.1:{server.server_port}/input.txt")
+    server.shutdown()
+    server.server_close()
+    assert prepared.stdout == (
+        "data/shakespeare_char: 65 characters, 1,003,854 train tokens, 111,540 validation tokens\n"
+    )
+    trained = command(
+        "train.py", "config/shakespeare_char_cpu.py", "--max_iters=200", "--eval_interval=200", "--eval_iters=10"
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert losses(trained.stdout)[0][1] == pytest.approx(4.174, abs=0.1)  # ln 65
+    assert losses(trained.stdout)[200][1] < 2.45  # already below the bigram model

@@ -1,0 +1,373 @@
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, command
+
+import prepare
+from config import ConfigError, UserError
+from prepare import CharTokenizer, load_meta, load_tokens
+
+SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare" / "input.txt"
+TEXT = "Grüße, Jürgen ❤ 😀 Unicode!\r\nsecond line\n" * 50
+
+
+@pytest.fixture
+def server():
+    """A web server on loopback. `answers` are (status, headers, body) in turn, the last one for ever."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests += 1
+            status, headers, body = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = 0
+    server.url = f"http://127.0.0.1:{server.server_port}/text"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def ok(body):
+    return 200, {"Content-Length": str(len(body))}, body
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that would have been waited between attempts."""
+    seconds = []
+    monkeypatch.setattr(prepare.time, "sleep", seconds.append)
+    return seconds
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in (folder / "data").rglob("*") if path.is_file())
+
+
+def load_all(dataset):
+    meta = load_meta(dataset)
+    return meta, np.concatenate([load_tokens(dataset, split, meta) for split in ("train", "val")])
+
+
+def decoded(dataset):
+    meta, ids = load_all(dataset)
+    return CharTokenizer(meta["chars"]).decode(ids)
+
+
+# Tokens and files
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_any_utf8_text_comes_back_from_its_tokens(folder, monkeypatch, piece):
+    monkeypatch.setattr(prepare, "PIECE", piece)
+    (folder / "my.txt").write_bytes(TEXT.encode())
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert decoded("mine") == TEXT
+    assert files(folder) == [f"data/mine/{name}" for name in ("input.txt", "meta.json", "train.bin", "val.bin")]
+    assert (folder / "data/mine/input.txt").read_bytes() == TEXT.encode()
+
+
+def test_files_have_the_promised_layout(folder):
+    (folder / "my.txt").write_bytes(TEXT.encode())
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    chars = "".join(sorted(set(TEXT)))
+    n_train = int(len(TEXT) * 0.9)
+    assert json.loads((folder / "data/mine/meta.json").read_text()) == {
+        "tokenizer": "char",
+        "vocab_size": len(chars),
+        "chars": chars,
+        "train_tokens": n_train,
+        "val_tokens": len(TEXT) - n_train,
+        "source": "my.txt",
+        "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
+    }
+    ids = [chars.index(c) for c in TEXT]
+    assert (folder / "data/mine/train.bin").read_bytes() == b"".join(i.to_bytes(2, "little") for i in ids[:n_train])
+    assert (folder / "data/mine/val.bin").read_bytes() == b"".join(i.to_bytes(2, "little") for i in ids[n_train:])
+
+
+def test_val_fraction_moves_the_split(folder):
+    (folder / "my.txt").write_text("ab" * 500)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--val_fraction=0.25"])
+    assert (load_meta("mine")["train_tokens"], load_meta("mine")["val_tokens"]) == (750, 250)
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
+def test_tiny_shakespeare_has_the_known_figures(folder):
+    prepare.main([f"--input={SHAKESPEARE}"])
+    meta = load_meta("shakespeare_char")
+    assert (meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]) == (65, 1_003_854, 111_540)
+    assert meta["sha256"] == prepare.SHAKESPEARE_SHA256
+    assert decoded("shakespeare_char") == SHAKESPEARE.read_text()
+
+
+def test_encode_names_the_character_outside_the_vocabulary_and_its_position():
+    tokenizer = CharTokenizer("abc")
+    assert tokenizer.encode("cab").tolist() == [2, 0, 1]
+    assert tokenizer.encode("cab").dtype == np.uint16
+    assert tokenizer.decode(np.array([2, 0, 1])) == "cab"
+    with pytest.raises(ValueError, match="character 'é' at position 3 is not in the vocabulary"):
+        tokenizer.encode("abcéd")
+
+
+def test_memory_does_not_grow_with_the_text(folder):
+    peaks = []
+    for megabytes in (4, 32):
+        (folder / "my.txt").write_bytes(b"To be, or not to be: that is the question.\n" * (megabytes * 2**20 // 43))
+        tracemalloc.start()
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] < 100e6
+
+
+def test_more_characters_than_uint16_can_hold_are_refused(folder):
+    text = "".join(chr(0x10000 + i) for i in range(2**16 + 1))
+    (folder / "my.txt").write_bytes(text.encode())
+    with pytest.raises(UserError, match="65,537 distinct characters; uint16 tokens can tell 65,536 apart"):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+    (folder / "my.txt").write_bytes(text[1:].encode())
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert decoded("mine") == text[1:]
+
+
+@pytest.mark.parametrize("piece", [3, 2**20])
+def test_a_text_that_is_not_utf8_is_refused_with_the_place(folder, monkeypatch, piece):
+    monkeypatch.setattr(prepare, "PIECE", piece)
+    (folder / "my.txt").write_bytes("Grüße".encode() + b"\xff and more")
+    with pytest.raises(UserError, match=r"data/mine/input.txt is not UTF-8 text: byte 7 is 0xff"):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+
+
+def test_a_text_that_ends_inside_a_character_is_refused(folder):
+    (folder / "my.txt").write_bytes("Grüße ❤".encode()[:-1])
+    with pytest.raises(UserError, match="is not UTF-8 text: byte 8 is 0xe2"):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+
+
+def test_an_empty_text_is_refused(folder):
+    (folder / "my.txt").write_bytes(b"")
+    with pytest.raises(UserError, match="is empty"):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+
+
+def test_preparing_again_replaces_all_and_a_failure_leaves_no_complete_folder(folder):
+    (folder / "my.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    (folder / "my.txt").write_text("xyz" * 50)
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert decoded("mine") == "xyz" * 50
+    (folder / "my.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert "data/mine/meta.json" not in files(folder)
+
+
+def test_the_folders_own_text_may_be_the_input(folder):
+    (folder / "data/mine").mkdir(parents=True)
+    (folder / "data/mine/input.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine"])
+    prepare.main(["--dataset=mine", "--input=data/mine/input.txt"])
+    assert decoded("mine") == "abc" * 100
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(folder):
+    (folder / "file").write_text("old")
+    with contextlib.suppress(RuntimeError), prepare.replacing(folder / "file") as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert (folder / "file").read_text() == "old"
+    assert not (folder / "file.tmp").exists()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset=mine"], "there is no data/mine/input.txt: python prepare.py --dataset=mine --input=FILE"),
+        (["--input=nowhere.txt"], "--input: there is no file nowhere.txt"),
+        (["--input=data"], "--input: there is no file data"),
+        (["--dataset=../up"], "dataset must be a plain folder name"),
+        (["--dataset=/tmp"], "dataset must be a plain folder name"),
+        (["--dataset=.."], "dataset must be a plain folder name"),
+        (["--dataset="], "dataset must be a plain folder name"),
+        (["--val_fraction=0"], "val_fraction must be between 0 and 1, found 0.0"),
+        (["--val_fraction=1.5"], "val_fraction must be between 0 and 1, found 1.5"),
+        (["--val_fraction=nan"], "val_fraction must be between 0 and 1, found nan"),
+        (["--tokenizer=morse"], "--tokenizer must be char, found 'morse'"),
+        (["--input=a", "--url=b"], "give --input or --url, not both"),
+    ],
+)
+def test_mistakes_in_the_command(folder, argv, message):
+    with pytest.raises(ConfigError) as error:
+        prepare.main(argv)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train.bin", lambda data: data[:-1], "train.bin is damaged: 35999 bytes are no whole number of uint16 tokens"),
+        ("val.bin", lambda data: data[:-2], "val.bin is damaged: it holds 1999 tokens, meta.json promises 2000"),
+        ("meta.json", lambda data: data[:9], "meta.json is damaged (JSONDecodeError"),
+        ("meta.json", lambda data: b"[]", "meta.json is damaged (TypeError"),
+        ("meta.json", lambda data: b"{}", "meta.json is damaged (KeyError: 'vocab_size')"),
+        (
+            "meta.json",
+            lambda data: data.replace(b'"chars": "', b'"chars": "?'),
+            "meta.json is damaged (ValueError: vocab",
+        ),
+        (
+            "meta.json",
+            lambda data: b'{"tokenizer": "x", "vocab_size": 65537}',
+            "meta.json is damaged (ValueError: vocab",
+        ),
+    ],
+)
+def test_damaged_datasets_are_refused_with_the_files_name(dataset, name, damage, message):
+    path = dataset / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        load_all("shakespeare_char")
+    assert message in str(error.value)
+
+
+# Downloads
+
+
+def test_a_download_is_prepared(folder, server):
+    server.answers = [ok(TEXT.encode())]
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert decoded("mine") == TEXT
+    assert load_meta("mine")["source"] == server.url
+
+
+def test_tiny_shakespeare_is_downloaded_once_and_its_hash_checked(folder, server, monkeypatch):
+    server.answers = [ok(TEXT.encode())]
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    prepare.main([])
+    prepare.main([])
+    assert server.requests == 1
+    assert decoded("shakespeare_char") == TEXT
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_overload_is_tried_again_with_growing_pauses(folder, server, waits, status):
+    server.answers = [(status, {}, b""), (status, {}, b""), ok(b"text" * 100)]
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert waits == [1, 2]
+    assert decoded("mine") == "text" * 100
+
+
+def test_a_body_that_breaks_off_is_tried_again(folder, server, waits):
+    server.answers = [(200, {"Content-Length": "400"}, b"text" * 50), ok(b"text" * 100)]
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert decoded("mine") == "text" * 100
+
+
+def answer(*answers):
+    return lambda server: setattr(server, "answers", list(answers))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "problem", "attempts"),
+    [
+        (answer((404, {}, b"")), "127.0.0.1 answered 404 Not Found", 1),
+        (answer((503, {}, b"")), "127.0.0.1 answered 503 Service Unavailable", 4),
+        (answer((200, {"Content-Length": "400"}, b"half")), "the connection to 127.0.0.1 failed 4 times (Chunked", 4),
+        (answer(ok(b"another text")), "wrong content: 12 bytes of sha256 ", 1),
+    ],
+)
+def test_a_failed_download_says_why_names_three_ways_on_and_leaves_nothing(
+    folder, server, waits, monkeypatch, behaviour, problem, attempts
+):
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", server.url)
+    behaviour(server)
+    with pytest.raises(UserError) as error:
+        prepare.main([])
+    message = str(error.value)
+    assert message.startswith(f"cannot download {server.url}: {problem}")
+    assert message.endswith(
+        ". Three ways on: put the file at data/shakespeare_char/input.txt; or --input=FILE; "
+        "or, with no network at all, python train.py config/stdlib_char.py"
+    )
+    assert server.requests == attempts
+    assert files(folder) == []
+
+
+def test_no_network_is_one_line_and_status_1(folder, server):
+    server.server_close()  # nobody listens at its port any more
+    ended = command("prepare.py", "--dataset=mine", f"--url={server.url}")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(
+        f"prepare.py: cannot download {server.url}: the connection to 127.0.0.1 failed 4 times"
+    )
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_silent_server_is_given_up(folder, server, waits, monkeypatch):
+    monkeypatch.setattr(prepare, "TIMEOUT", (1, 0.2))
+    released = threading.Event()
+    server.RequestHandlerClass.do_GET = lambda handler: released.wait(10)
+    with pytest.raises(UserError, match=r"the connection to 127.0.0.1 failed 4 times \(ReadTimeout\)"):
+        prepare.main(["--dataset=mine", f"--url={server.url}"])
+    released.set()
+
+
+def test_an_address_that_is_none_is_refused(folder, waits):
+    with pytest.raises(UserError, match="cannot download nonsense: Invalid URL 'nonsense'"):
+        prepare.main(["--dataset=mine", "--url=nonsense"])
+    assert waits == []
+
+
+# The standard library
+
+
+@pytest.fixture(scope="session")
+def stdlib_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stdlib") / "input.txt"
+    prepare.collect_stdlib(path)
+    return path.read_bytes()
+
+
+def test_the_standard_library_is_a_text_without_network(stdlib_text):
+    early, late = (Path(module.__file__).read_bytes() for module in (json, os))
+    assert stdlib_text.isascii()
+    assert 0 < stdlib_text.index(early) < stdlib_text.index(late)  # sorted by name
+    assert b"class PytestPluginManager" not in stdlib_text  # no site-packages
+    assert stdlib_text.count(b"(unittest.TestCase)") < 20  # no tests
+
+
+def test_the_same_interpreter_gives_the_same_text(stdlib_text, tmp_path):
+    prepare.collect_stdlib(tmp_path / "again.txt")
+    assert (tmp_path / "again.txt").read_bytes() == stdlib_text
+
+
+def test_stdlib_char_is_prepared_by_its_name(folder):
+    prepare.main(["--dataset=stdlib_char"])
+    meta = load_meta("stdlib_char")
+    assert meta["source"] == f"the standard library of Python {sys.version.split()[0]}"
+    assert meta["vocab_size"] < 128

@@ -1,0 +1,137 @@
+import pytest
+import torch
+from conftest import checkpoint, command, train_here
+
+import sample
+import train
+from config import ConfigError, UserError
+from prepare import CharTokenizer
+
+
+@pytest.fixture
+def trained(dataset, capsys):
+    """A folder with out/best.pt and out/ckpt.pt, and no data any more."""
+    train_here()
+    for path in dataset.iterdir():
+        path.unlink()
+    capsys.readouterr()
+    return dataset.parent.parent
+
+
+def say(capsys, *arguments):
+    sample.main(["--max_new_tokens=40", *arguments])
+    return capsys.readouterr().out
+
+
+def test_a_sample_is_the_prompt_and_its_continuation(trained, capsys):
+    text = say(capsys, "--start=the king")
+    assert text.startswith("the king")
+    assert len(text) == len("the king") + 40 + 1
+    assert text.endswith("\n")
+    assert set(text) <= set(checkpoint()["tokenizer"]["chars"]) | {"\n"}
+
+
+def test_the_text_is_what_generate_says(trained, capsys):
+    content = checkpoint("out/best.pt")
+    model, tokenizer = train.model_of(content, "best.pt"), CharTokenizer(content["tokenizer"]["chars"])
+    idx = torch.tensor([tokenizer.encode("the king").tolist()])
+    chance = torch.Generator().manual_seed(7)
+    expected = model.generate(idx.repeat(3, 1), 40, temperature=0.9, top_k=5, top_p=0.95, generator=chance)
+    text = say(
+        capsys, "--start=the king", "--num_samples=3", "--temperature=0.9", "--top_k=5", "--top_p=0.95", "--seed=7"
+    )
+    assert text == "\n---------------\n".join(tokenizer.decode(row.numpy()) for row in expected) + "\n"
+
+
+def test_the_same_seed_gives_the_same_text(trained, capsys):
+    assert (
+        say(capsys, "--start=a", "--seed=1")
+        == say(capsys, "--start=a", "--seed=1")
+        != say(capsys, "--start=a", "--seed=2")
+    )
+
+
+def test_temperature_0_is_greedy_whatever_the_seed(trained, capsys):
+    greedy = say(capsys, "--start=a", "--temperature=0", "--seed=1")
+    assert greedy == say(capsys, "--start=a", "--temperature=0", "--seed=2")
+    assert greedy == say(capsys, "--start=a", "--top_k=1", "--seed=3")
+
+
+def test_all_samples_of_a_call_are_one_batch(trained, capsys, monkeypatch):
+    batches = []
+    original = train.GPT.read
+    monkeypatch.setattr(
+        train.GPT, "read", lambda self, idx, *rest: batches.append(len(idx)) or original(self, idx, *rest)
+    )
+    text = say(capsys, "--start=a", "--num_samples=4")
+    assert set(batches) == {4}
+    assert len(set(text.removesuffix("\n").split("\n---------------\n"))) == 4
+
+
+def test_one_sample_appears_as_it_is_made(trained, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *text, **_: shown.append("".join(text)))
+    sample.main(["--start=the", "--max_new_tokens=5"])
+    assert shown[0] == "the"
+    assert [len(text) for text in shown[1:]] == [1, 1, 1, 1, 1, 0]
+
+
+def test_the_prompt_may_come_from_a_file_and_be_longer_than_the_context(trained, capsys):
+    (trained / "prompt.txt").write_text("the king and queen of this fair land")
+    text = say(capsys, "--start=FILE:prompt.txt")
+    assert text == say(capsys, "--start=the king and queen of this fair land")
+    assert text.startswith("the king and queen of this fair land")
+
+
+def test_best_is_preferred_and_ckpt_will_do(trained, capsys):
+    best = checkpoint("out/best.pt")
+    best["model"] = {name: torch.zeros_like(tensor) for name, tensor in best["model"].items()}
+    torch.save(best, "out/best.pt")
+    from_zeros = say(capsys, "--start=a")
+    (trained / "out" / "best.pt").unlink()
+    assert say(capsys, "--start=a") != from_zeros
+
+
+@pytest.mark.parametrize("model", ["gpt", "bigram"])
+def test_samples_go_past_the_context(dataset, capsys, model):
+    train_here(model=model, block_size=8, max_iters=1)
+    capsys.readouterr()
+    sample.main(["--max_new_tokens=100", "--start=a"])
+    assert len(capsys.readouterr().out) == 102
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--start=king#1"], "--start: character '#' at position 4 is not in the vocabulary"),
+        (["--start="], "--start is empty: the model needs at least one token to continue"),
+        (["--start=FILE:nowhere"], "--start: [Errno 2] No such file or directory: 'nowhere'"),
+        (["--start=FILE:noise"], "--start: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (["--out_dir=nowhere"], "there is no checkpoint in nowhere; python train.py --out_dir=nowhere makes one"),
+        (["--num_samples=0"], "num_samples must be at least 1, found 0"),
+        (["--top_k=0"], "top_k must be at least 1, found 0"),
+        (["--top_p=0"], "top_p must be above 0 and at most 1, found 0.0"),
+        (["--temperature=-1"], "temperature must be at least 0, found -1.0"),
+        (["--temperature=inf"], "temperature must be at least 0, found inf"),
+        (["--temprature=1"], "--temprature is no key, did you mean --temperature?; --help lists them all"),
+    ],
+)
+def test_mistakes(trained, arguments, message):
+    (trained / "noise").write_bytes(b"\xff")
+    with pytest.raises(ConfigError) as error:
+        sample.main(arguments)
+    assert str(error.value) == message
+
+
+def test_a_tokenizer_that_is_not_known_is_named(trained):
+    content = checkpoint("out/best.pt")
+    torch.save(content | {"tokenizer": {"tokenizer": "gpt2", "vocab_size": 50257}}, "out/best.pt")
+    with pytest.raises(UserError, match="tokenizer 'gpt2' is not known here"):
+        sample.main([])
+
+
+def test_samples_alone_are_on_stdout(trained):
+    ended = command("sample.py", "--start=the", "--max_new_tokens=10")
+    assert ended.returncode == 0
+    assert len(ended.stdout) == 14
+    assert ended.stderr == ""

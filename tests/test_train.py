@@ -1,0 +1,631 @@
+import dataclasses
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, checkpoint, command, losses, rows, same, tiny, train_here
+
+import train
+from config import ConfigError, UserError
+from model import GPT, Bigram
+from prepare import load_meta
+from train import Process, Tokens, TrainConfig, adamw, batch, choose_device, choose_dtype, evaluate, learning_rate
+
+ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
+
+
+def config(**changes):
+    return TrainConfig(**TINY | changes)
+
+
+def tokens(split="train", **changes):
+    return Tokens(split, load_meta("shakespeare_char"), config(**changes), torch.device("cpu"))
+
+
+# The schedule
+
+
+def test_learning_rate_warms_up_linearly_and_decays_by_a_cosine():
+    schedule = config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    assert learning_rate(0, schedule) == pytest.approx(0.1)
+    assert learning_rate(4, schedule) == pytest.approx(0.5)
+    assert learning_rate(9, schedule) == pytest.approx(1.0)
+    assert learning_rate(10, schedule) == pytest.approx(1.0)
+    assert learning_rate(35, schedule) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate(60, schedule) == pytest.approx(0.55)
+    assert learning_rate(110, schedule) == pytest.approx(0.1)
+    assert learning_rate(500, schedule) == pytest.approx(0.1)
+
+
+def test_lr_decay_iters_ends_the_decay_and_decay_lr_turns_it_off():
+    early = config(learning_rate=1.0, min_lr=0.1, warmup_iters=0, max_iters=100, lr_decay_iters=50)
+    assert learning_rate(25, early) == pytest.approx(0.55)
+    assert learning_rate(50, early) == learning_rate(99, early) == pytest.approx(0.1)
+    constant = config(learning_rate=1.0, warmup_iters=4, decay_lr=False)
+    assert [learning_rate(step, constant) for step in (0, 3, 4, 19)] == [0.25, 1.0, 1.0, 1.0]
+
+
+def test_the_run_uses_the_schedule(dataset):
+    train_here(log_interval=1, max_iters=12)
+    logged = [float(row["lr"]) for row in rows() if row["lr"]]
+    assert logged == pytest.approx([learning_rate(step, config(max_iters=12)) for step in range(12)], rel=1e-6)
+
+
+# Data
+
+
+def test_a_batch_depends_on_seed_and_step_alone(dataset):
+    data = tokens()
+    x, y = batch(data, 3, 0, config(), ALONE)
+    assert x.shape == y.shape == (8, 16)
+    assert torch.equal(batch(data, 3, 0, config(), ALONE)[0], x)
+    assert not torch.equal(batch(data, 4, 0, config(), ALONE)[0], x)
+    assert not torch.equal(batch(data, 3, 0, config(seed=1), ALONE)[0], x)
+
+
+def test_targets_are_the_inputs_shifted_by_one_and_come_from_the_split(dataset):
+    data = tokens()
+    x, y = batch(data, 0, 0, config(), ALONE)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    text = np.fromfile(dataset / "train.bin", "<u2").tobytes()
+    for row, target in zip(x, y, strict=True):
+        assert torch.cat((row, target[-1:])).numpy().astype("<u2").tobytes() in text
+
+
+@pytest.mark.parametrize(("world_size", "shares"), [(1, 4), (2, 1), (2, 2), (4, 2)])
+def test_processes_and_micro_batches_divide_the_same_batch_among_them(dataset, world_size, shares):
+    data = tokens()
+    whole = batch(data, 5, 0, config(), ALONE)[0]
+    divided = config(gradient_accumulation_steps=shares)
+    parts = [
+        batch(data, 5, share, divided, Process(rank, world_size, torch.device("cpu"), torch.float32))[0]
+        for rank in range(world_size)
+        for share in range(shares)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_every_place_of_the_split_is_drawn(dataset):
+    short = np.arange(18, dtype="<u2")  # two blocks of 16 and a target fit into 18 tokens
+    short.tofile(dataset / "train.bin")
+    meta = load_meta("shakespeare_char") | {"train_tokens": 18}
+    data = Tokens("train", meta, config(), torch.device("cpu"))
+    first = {row[0].item() for step in range(20) for row in batch(data, step, 0, config(), ALONE)[0]}
+    assert first == {0, 1}
+
+
+@pytest.mark.parametrize("small", [2**30, 0])
+def test_token_ids_above_32767_are_read_as_they_are(dataset, monkeypatch, small):
+    monkeypatch.setattr(train, "SMALL", small)
+    ids = np.arange(65536, dtype="<u2")
+    ids.tofile(dataset / "train.bin")
+    data = Tokens("train", {"vocab_size": 65536}, config(), torch.device("cpu"))
+    assert data.blocks(np.array([65500]), 16)[0].tolist() == [list(range(65500, 65516))]
+
+
+@pytest.mark.parametrize("small", [2**30, 0])
+def test_a_token_outside_the_vocabulary_is_refused(dataset, monkeypatch, small):
+    monkeypatch.setattr(train, "SMALL", small)
+    ids = np.fromfile(dataset / "val.bin", "<u2")
+    ids[40] = 99
+    ids.tofile(dataset / "val.bin")
+    with pytest.raises(
+        UserError, match=r"data/shakespeare_char/val.bin has token id 99; the vocabulary has \d+ tokens"
+    ):
+        train_here()
+
+
+def test_a_split_shorter_than_a_block_is_refused(dataset):
+    with pytest.raises(UserError, match=r"val\.bin has 2000 tokens: too few for block_size 2000"):
+        train_here(block_size=2000)
+    train_here(block_size=1999, max_iters=1, batch_size=1)
+
+
+def test_missing_data_are_prepared_first(folder, capsys):
+    path = folder / "data" / "shakespeare_char" / "input.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("To be, or not to be. " * 500)
+    train_here()
+    assert "10,500" not in capsys.readouterr().err
+    assert load_meta("shakespeare_char")["train_tokens"] == 9450
+
+
+# Optimizer
+
+
+def test_weight_decay_is_on_matrices_only():
+    model = GPT(config(bias=True).model_config(11))
+    decayed, others = adamw(model, config()).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset):
+    """The first two steps, written out for every weight from the paper's formulas."""
+    settings = config(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1, init_from="scratch")
+    meta = load_meta("shakespeare_char")
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.model_config(meta["vocab_size"]))
+    weights = list(model.parameters())
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step in range(2):
+        model(*batch(tokens(), step, 0, settings, ALONE))[1].backward()
+        norm = torch.sqrt(sum((w.grad**2).sum() for w in weights))
+        assert norm > 0.05
+        lr = learning_rate(step, settings)
+        for w, m, v in zip(weights, first, second, strict=True):
+            g = w.grad * 0.05 / norm
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.99).add_(0.01 * g**2)
+            move = (m / (1 - 0.9 ** (step + 1))) / (torch.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
+            w.data -= lr * (move + 0.1 * w.data * (w.dim() == 2))
+            w.grad = None
+    train_here(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1)
+    for name, tensor in checkpoint()["model"].items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert float(rows()[-2]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_accumulation_changes_memory_not_learning(dataset):
+    found = []
+    for shares in (1, 4):
+        train_here(
+            dropout=0.0, gradient_accumulation_steps=shares, out_dir=f"out/{shares}", log_interval=1, max_iters=40
+        )
+        found.append([float(row["train_loss"]) for row in rows(f"out/{shares}/log.csv") if row["lr"]])
+    assert len(found[0]) == 40
+    assert found[0] == pytest.approx(found[1], abs=2e-4)
+    assert found[0][-1] < found[0][0] - 0.2
+
+
+def test_compiled_training_learns_the_same(dataset):
+    for compiled in (False, True):
+        train_here(dropout=0.0, max_iters=4, n_layer=1, compile=compiled, out_dir=f"out/{compiled}", log_interval=1)
+    plain, fused = ([float(row["train_loss"]) for row in rows(f"out/{c}/log.csv")] for c in (False, True))
+    assert fused == pytest.approx(plain, abs=1e-4)
+    assert not any("_orig_mod" in name for name in checkpoint("out/True/ckpt.pt")["model"])
+
+
+def test_bfloat16_training_learns_nearly_the_same(dataset):
+    for dtype in ("float32", "bfloat16"):
+        train_here(dtype=dtype, out_dir=f"out/{dtype}", max_iters=40)
+    plain, rounded = (float(rows(f"out/{dtype}/log.csv")[-1]["val_loss"]) for dtype in ("float32", "bfloat16"))
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, abs=0.02)
+    assert {tensor.dtype for tensor in checkpoint("out/bfloat16/ckpt.pt")["model"].values()} == {torch.float32}
+
+
+def test_dropout_of_a_step_depends_on_seed_step_rank_and_micro_batch():
+    seeds = {
+        train.mix(seed, step, rank, share) for seed in (1, 2) for step in (0, 7) for rank in (0, 1) for share in (0, 1)
+    }
+    assert len(seeds) == 16
+    assert train.mix(1, 2, 3) == train.mix(1, 2, 3)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("n_tokens", [1999, 1600, 100, 15, 1])
+def test_evaluation_is_the_mean_over_every_token(dataset, n_tokens):
+    torch.manual_seed(0)
+    data = tokens("val")
+    model = GPT(config(dropout=0.5).model_config(data.vocab_size))
+    ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
+    total = 0.0
+    model.eval()
+    for start in range(0, n_tokens, 16):
+        end = min(start + 16, n_tokens)
+        logits = model(ids[None, start:end])[0].detach()
+        total -= logits.log_softmax(-1)[0, range(end - start), ids[start + 1 : end + 1]].sum().item()
+    model.train()
+    assert evaluate(model, data, n_tokens, config(), ALONE) == pytest.approx(total / n_tokens, rel=1e-5)
+    assert model.training
+
+
+def test_the_last_evaluation_of_a_run_is_of_the_whole_validation_split(dataset, capsys):
+    train_here(eval_iters=0)
+    data = tokens("val")
+    model = GPT(config().model_config(data.vocab_size))
+    model.load_state_dict(checkpoint()["model"])
+    assert losses(capsys.readouterr().out)[20][1] == pytest.approx(
+        evaluate(model, data, 1999, config(), ALONE), abs=1e-4
+    )
+
+
+def test_eval_iters_reads_the_first_batches(dataset, capsys):
+    ids = np.fromfile(dataset / "val.bin", "<u2")
+    train_here(eval_iters=3, out_dir="out/a")
+    ids[3 * 8 * 16 + 1 :] = 0  # what three batches of 8 x 16 tokens do not reach
+    ids.tofile(dataset / "val.bin")
+    train_here(eval_iters=3, out_dir="out/b")
+    assert [row["val_loss"] for row in rows("out/a/log.csv")] == [row["val_loss"] for row in rows("out/b/log.csv")]
+
+
+def test_eval_only_evaluates_and_writes_nothing(dataset, capsys):
+    train_here()
+    before = {path.name: path.read_bytes() for path in (dataset.parent.parent / "out").iterdir()}
+    expected = losses(capsys.readouterr().out)[20]
+    train_here(eval_only=True)
+    assert losses(capsys.readouterr().out) == {20: expected}
+    assert {path.name: path.read_bytes() for path in (dataset.parent.parent / "out").iterdir()} == before
+    train_here(eval_only=True, out_dir="out/new")
+    assert not (dataset.parent.parent / "out" / "new").exists()
+
+
+# Checkpoints
+
+
+def test_checkpoints_have_the_promised_content(dataset):
+    train_here()
+    whole, best = checkpoint(), checkpoint("out/best.pt")
+    common = {"format", "model", "model_config", "step", "best_val_loss", "config", "tokenizer"}
+    assert set(whole) == common | {"optimizer", "scaler"}
+    assert set(best) == common
+    assert whole["format"] == 1
+    assert whole["step"] == 20
+    assert whole["config"] == dataclasses.asdict(config())
+    assert whole["tokenizer"]["chars"] == json.loads((dataset / "meta.json").read_text())["chars"]
+    assert all(tensor.dtype == torch.float32 for tensor in whole["model"].values())
+    assert set(whole["model"]) == set(GPT(config().model_config(5)).state_dict())
+    assert whole["best_val_loss"] == best["best_val_loss"]
+
+
+def test_best_is_the_checkpoint_of_the_lowest_validation_loss(dataset, capsys):
+    train_here(max_iters=60, learning_rate=0.3, min_lr=0.3, weight_decay=0, eval_interval=5)  # wild on purpose
+    found = losses(capsys.readouterr().out)
+    step = min(found, key=lambda step: found[step][1])
+    assert step != 60
+    best = checkpoint("out/best.pt")
+    assert best["step"] == step
+    assert best["best_val_loss"] == pytest.approx(found[step][1], abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(dataset, capsys, dtype, monkeypatch):
+    train_here(dtype=dtype, max_iters=30, out_dir="whole")
+    expected = losses(capsys.readouterr().out)
+
+    class CrashError(Exception):
+        pass
+
+    def crashing(*arguments, original=train.train_step):
+        if arguments[1].step == 17:
+            raise CrashError
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "train_step", crashing)
+    with pytest.raises(CrashError):
+        train_here(dtype=dtype, max_iters=30)
+    monkeypatch.undo()
+    monkeypatch.chdir(dataset.parent.parent)
+    torch.manual_seed(999)  # nothing may depend on what the process did before
+    found = losses(capsys.readouterr().out)
+    train_here(dtype=dtype, max_iters=30)
+    output = capsys.readouterr().out
+    assert "going on from out/ckpt.pt at step 10\n" in output
+    assert found | losses(output) == expected
+    whole, resumed = checkpoint("whole/ckpt.pt"), checkpoint()
+    whole["config"]["out_dir"] = "out"
+    assert same(whole, resumed)
+    timing = {"seconds": None, "tokens_per_second": None}
+    assert [row | timing for row in rows()] == [row | timing for row in rows("whole/log.csv")]
+    seconds = [float(row["seconds"]) for row in rows()]
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_says_so_and_a_higher_max_iters_goes_on(dataset, capsys):
+    train_here()
+    capsys.readouterr()
+    before = checkpoint()
+    train_here()
+    assert "max_iters (20) is reached" in capsys.readouterr().out
+    assert same(checkpoint(), before)
+    train_here(max_iters=30)
+    assert "going on from out/ckpt.pt at step 20; changed since: max_iters 20 -> 30\n" in capsys.readouterr().out
+    assert checkpoint()["step"] == 30
+
+
+def test_changed_keys_are_named_and_take_effect(dataset, capsys):
+    train_here()
+    capsys.readouterr()
+    train_here(max_iters=30, weight_decay=0.5, learning_rate=0.01, dropout=0.3)
+    assert (
+        "changed since: dropout 0.1 -> 0.3, learning_rate 0.001 -> 0.01, max_iters 20 -> 30, weight_decay 0.1 -> 0.5"
+        in (capsys.readouterr().out)
+    )
+    groups = checkpoint()["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert groups[0]["lr"] == pytest.approx(learning_rate(29, config(max_iters=30, learning_rate=0.01)))
+    assert checkpoint()["model_config"]["dropout"] == 0.3
+
+
+def test_scratch_starts_over_and_resume_wants_a_checkpoint(dataset, capsys):
+    with pytest.raises(ConfigError, match=r"there is no out/ckpt.pt to resume"):
+        train_here(init_from="resume")
+    train_here(seed=1)
+    first = checkpoint()
+    train_here(seed=2, init_from="scratch")
+    assert checkpoint()["step"] == 20
+    assert not same(checkpoint()["model"], first["model"])
+    assert len(rows()) == len({(row["step"], row["val_loss"]) for row in rows()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"n_layer": 3}, "n_layer 2 -> 3"),
+        ({"block_size": 8}, "block_size 16 -> 8"),
+        ({"bias": True}, "bias False -> True"),
+        ({"layer_norm": False}, "layer_norm True -> False"),
+        ({"model": "bigram"}, "model 'gpt' -> 'bigram'"),
+        ({"dataset": "other"}, "vocab_size 21 -> 2, chars"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_kept(dataset, changes, difference):
+    train_here()
+    (dataset.parent / "other").mkdir()
+    (dataset.parent / "other" / "input.txt").write_text("ab" * 5000)
+    before = checkpoint()
+    with pytest.raises(ConfigError) as error:
+        train_here(**changes, max_iters=30)
+    assert str(error.value).startswith("out/ckpt.pt holds another model (")
+    assert difference in str(error.value)
+    assert same(checkpoint(), before)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("code_was_run", "w"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "hostile", "format", "shapes", "keys"])
+def test_damaged_and_hostile_checkpoints_are_refused_in_one_line(dataset, damage):
+    train_here()
+    path = dataset.parent.parent / "out" / "ckpt.pt"
+    data, content = path.read_bytes(), checkpoint()
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        place = data.index(content["model"]["transformer.wte.weight"].numpy().tobytes()) + 100
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("no checkpoint")
+    elif damage == "hostile":
+        torch.save(content | {"config": Hostile()}, path)
+    elif damage == "format":
+        torch.save(content | {"format": 2}, path)
+    elif damage == "shapes":
+        torch.save(content | {"model": content["model"] | {"transformer.wpe.weight": torch.zeros(3, 3)}}, path)
+    elif damage == "keys":
+        torch.save({"format": 1}, path)
+    for program in ("train.py", "sample.py"):
+        (path.parent / "best.pt").unlink(missing_ok=True)
+        ended = command(program, *(tiny() if program == "train.py" else []))
+        assert ended.returncode == 1
+        assert ended.stderr.startswith(f"{program}: out/ckpt.pt is no whole checkpoint: ")
+        assert ended.stderr.count("\n") == 1
+    assert not (dataset.parent.parent / "code_was_run").exists()
+
+
+# The loop
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(dataset, monkeypatch):
+    def poisoned(model, state, *rest, original=train.train_step):
+        if state.step == 13:
+            with torch.no_grad():
+                next(model.parameters()).fill_(math.nan)
+        return original(model, state, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError) as error:
+        train_here()
+    lr = learning_rate(13, config())
+    assert str(error.value).startswith(f"loss is nan, gradient norm nan at step 14, learning rate {lr:.1e}; ")
+    assert "Try a lower --learning_rate" in str(error.value)
+    assert checkpoint()["step"] == 10
+    assert all(tensor.isfinite().all() for tensor in checkpoint()["model"].values())
+
+
+def test_an_infinite_gradient_stops_the_run_too(dataset):
+    state = train.State(None, None, torch.amp.GradScaler("cpu", enabled=False), {}, step=5)
+    figures = [torch.tensor([1.0, 1.0]), torch.tensor([1.0, math.inf]), torch.tensor([1.0, 1.0])]
+    with pytest.raises(UserError, match="gradient norm inf at step 4"):
+        train.checked(figures, state, config(), ALONE)
+    state.scaler = torch.amp.GradScaler("cpu", enabled=True)  # float16: the scaler has skipped that step
+    assert train.checked(figures, state, config(), ALONE) == (1.0, 1.0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(dataset, monkeypatch):
+    def poisoned(model, state, *rest, original=train.train_step):
+        figures = original(model, state, *rest)
+        if state.step == 19:  # the last update: no later loss would show it
+            with torch.no_grad():
+                next(model.parameters()).fill_(math.nan)
+        return figures
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match="validation loss is nan at step 20"):
+        train_here()
+    assert checkpoint()["step"] == 10
+
+
+def test_max_iters_is_exactly_the_number_of_steps(dataset, monkeypatch):
+    steps = []
+
+    def counting(model, state, *rest, original=train.train_step):
+        steps.append(state.step)
+        return original(model, state, *rest)
+
+    monkeypatch.setattr(train, "train_step", counting)
+    train_here(max_iters=17)
+    assert steps == list(range(17))
+    assert checkpoint()["step"] == 17
+
+
+def test_the_console_and_the_log_show_the_same_run(dataset, capsys):
+    train_here()
+    lines = capsys.readouterr().out.splitlines()
+    number = r"\d+\.\d+"
+    assert sum(bool(re.fullmatch(rf"step \d+: train loss {number}, val loss {number}", line)) for line in lines) == 3
+    progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00"
+    assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 5
+    header = (dataset.parent.parent / "out" / "log.csv").read_text().splitlines()[0]
+    assert header == "step,seconds,train_loss,val_loss,lr,grad_norm,tokens_per_second,mfu"
+    assert [int(row["step"]) for row in rows()] == [0, 1, 5, 10, 10, 15, 20, 20]
+    for row in rows():
+        evaluation = bool(row["val_loss"])
+        assert bool(row["train_loss"])
+        assert bool(row["lr"]) == bool(row["grad_norm"]) == bool(row["tokens_per_second"]) != evaluation
+        assert row["mfu"] == ""
+    assert losses("\n".join(lines))[20][1] == pytest.approx(float(rows()[-1]["val_loss"]), abs=1e-4)
+
+
+def test_a_torn_last_row_of_the_log_is_dropped(dataset):
+    train_here()
+    expected = rows()
+    with open("out/log.csv", "a") as file:
+        file.write("25,3.1,2.")
+    train_here(max_iters=20)
+    assert rows() == expected
+
+
+def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, capsys):
+    train_here(max_iters=2, log_interval=1)
+    assert "on this CPU" not in capsys.readouterr().out
+    settings = config(max_iters=10**9)
+    state = train.State(GPT(settings.model_config(5)), None, None, {})
+    with train.Log(settings, state, ALONE) as log:
+        log.since -= 10  # seconds for the first step
+        log.progress(1, 2.0, 1.0)
+        log.since -= 10
+        log.progress(2, 2.0, 1.0)
+    assert (
+        capsys.readouterr().out.count("on this CPU; python train.py config/shakespeare_char_cpu.py takes two minutes")
+        == 1
+    )
+
+
+def test_a_terminal_shows_progress_in_one_line(dataset, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    train_here()
+    out = capsys.readouterr().out
+    assert "\r\033[Kstep 5/20 |" in out
+    assert "\r\033[Kstep 10: train loss" in out
+    last_of_lines = [line.rpartition("\033[K")[2] for line in out.split("\n")]  # what is left to see
+    assert not any("/20 |" in line for line in last_of_lines)
+    assert sum(line.startswith("step 10: train loss") for line in last_of_lines) == 1
+
+
+def test_flops_are_six_a_weight_and_twelve_t_c_an_attention():
+    settings = TrainConfig()
+    model = GPT(settings.model_config(65))
+    expected = 6 * (65 * 384 + 6 * 12 * 384**2) + 12 * 6 * 256 * 384
+    assert train.flops_per_token(model, 256) == expected
+    assert train.flops_per_token(Bigram(settings.model_config(65)), 256) == 0
+
+
+def test_the_bigram_model_trains_and_resumes(dataset, capsys):
+    train_here(model="bigram", learning_rate=0.1, max_iters=40)
+    assert losses(capsys.readouterr().out)[40][1] < 2.5
+    train_here(model="bigram", learning_rate=0.1, max_iters=50)
+    assert list(checkpoint()["model"]) == ["lm_head.weight"]
+    assert checkpoint()["step"] == 50
+
+
+# Devices and mistakes
+
+
+def test_the_best_device_is_chosen(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert choose_device("auto").type == "cpu"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert choose_device("auto").type == "mps"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert choose_device("auto").type == "cuda"
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="there is no device 'cuda:2' here; there is cuda, mps, cpu, cuda:0, cuda:1"):
+        choose_device("cuda:2")
+
+
+def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False})
+    assert choose_dtype("auto", cpu) == torch.float32
+    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    assert choose_dtype("auto", cuda) == torch.bfloat16
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    assert choose_dtype("auto", cuda) == torch.float16
+    assert choose_dtype("float32", cuda) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lerning_rate=1"], "--lerning_rate is no key, did you mean --learning_rate?; --help lists them all"),
+        (["--n_layer=two"], "--n_layer must be a whole number, found 'two'"),
+        (["--n_head=5"], "n_embd (384) must be divisible by n_head (5)"),
+        (["--dropout=1"], "dropout must be at least 0 and below 1, found 1.0"),
+        (["--batch_size=0"], "batch_size must be at least 1, found 0"),
+        (["--max_iters=-5"], "max_iters must be at least 1, found -5"),
+        (["--learning_rate=nan"], "learning_rate must be at least 0, found nan"),
+        (["--beta2=1"], "beta2 must be at least 0 and below 1, found 1.0"),
+        (["--seed=-1"], "seed must be at least 0, found -1"),
+        (["--gradient_accumulation_steps=3"],
+         "batch_size (64) must be divisible by the number of processes (1) x gradient_accumulation_steps (3)"),
+        (["--device=gpu"], "there is no device 'gpu' here; there is cpu"),
+        (["--device=cpu", "--dtype=float16"],
+         "float16 needs the loss scaling of a cuda device, found cpu; use bfloat16 or float32"),
+        (["--dtype=float64"], "--dtype must be auto or float32 or bfloat16 or float16, found 'float64'"),
+        (["--init_from=gpt5"], "--init_from must be auto or scratch or resume, found 'gpt5'"),
+        (["--dataset=../secrets"],
+         "dataset must be a plain folder name (letters, digits, _ - .), found '../secrets'"),
+        (["--dataset=none"],
+         "there is no data/none/input.txt: python prepare.py --dataset=none --input=FILE makes it from a text"),
+        (["config/shakespeare.py"],
+         "there is no recipe config/shakespeare.py, did you mean config/shakespeare_char.py?"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_before_anything_is_done(dataset, arguments, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError) as error:
+        train.main(arguments)
+    assert str(error.value) == message
+    assert not (dataset.parent.parent / "out").exists()
+
+
+def test_an_out_dir_that_is_a_file_is_one_line_and_status_1(dataset):
+    (dataset.parent.parent / "out").write_text("")
+    ended = command("train.py", *tiny())
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("train.py: [Errno ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_quiet_and_status_130(dataset):
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(max_iters=10**6)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while "step 10:" not in running.stdout.readline():
+            pass
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors == ""

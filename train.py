@@ -1,0 +1,620 @@
+"""How a model learns. Read `main` for the run from start to end, `train_step` for what one step is.
+
+One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
+(seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a run that died goes on bit
+for bit, one process and eight see the same batches, and losses can be compared.
+
+    python train.py                                          the reference model on Tiny Shakespeare
+    python train.py config/shakespeare_char_cpu.py           a small one, two minutes on a laptop
+    torchrun --nproc_per_node=8 train.py --n_layer=12        many GPUs, other values
+"""
+
+import math
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import ConfigError, UserError, key, read, run
+from model import GPT, Bigram, CausalSelfAttention, GPTConfig, LanguageModel
+from prepare import PrepareConfig, dataset_folder, load_meta, load_tokens, prepare, replacing
+
+MODELS = {"gpt": GPT, "bigram": Bigram}
+# Dense bfloat16 FLOP/s, from NVIDIA's data sheets of the SXM cards.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+SMALL = 2**30  # bytes; a split below this is checked whole and lives on the device
+
+
+@dataclass
+class TrainConfig:
+    """Train a GPT. The same command typed again goes on where the last one stopped."""
+
+    out_dir: str = key("out", "folder for checkpoints and log")
+    dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
+    init_from: Literal["auto", "scratch", "resume"] = key("auto", "auto: resume where out_dir has a checkpoint")
+
+    model: Literal["gpt", "bigram"] = key("gpt", "what to train")
+    n_layer: int = key(6, "blocks")
+    n_head: int = key(6, "attention heads in each block")
+    n_embd: int = key(384, "channels")
+    block_size: int = key(256, "longest context, in tokens")
+    dropout: float = key(0.2, "share of activations dropped in training")
+    bias: bool = key(False, "biases in linear layers and layer norms")
+    feed_forward: bool = key(True, "a feed-forward layer after attention")
+    residual: bool = key(True, "residual connections")
+    layer_norm: bool = key(True, "layer norms")
+
+    batch_size: int = key(64, "sequences in one optimizer step, over all processes together")
+    gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share")
+    learning_rate: float = key(1e-3, "its peak")
+    min_lr: float = key(1e-4, "what it decays to")
+    warmup_iters: int = key(100, "steps of linear warm-up")
+    lr_decay_iters: int | None = key(None, "step at which min_lr is reached; None: max_iters")
+    decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
+    max_iters: int = key(5000, "optimizer steps")
+    weight_decay: float = key(0.1, "AdamW's, on matrices only")
+    beta1: float = key(0.9, "AdamW's memory of the gradient")
+    beta2: float = key(0.99, "AdamW's memory of its square")
+    grad_clip: float = key(1.0, "longest gradient; 0: not clipped")
+
+    eval_interval: int = key(250, "steps between evaluations, each of which writes a checkpoint")
+    eval_iters: int = key(0, "batches of each evaluation; 0: the whole validation split")
+    eval_only: bool = key(False, "evaluate once and end, writing nothing")
+    log_interval: int = key(10, "steps between progress lines")
+
+    seed: int = key(1337, "of initial weights, batches and dropout")
+    device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first of them that is there")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "of matrix products; auto: the fastest safe one"
+    )
+    compile: Literal["auto"] | bool = key("auto", "torch.compile the model; auto: on cuda")
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
+        dataset_folder(self.dataset)
+        self.model_config(vocab_size=1)
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Sequences that one process reads at a time. Raises ConfigError when the batch cannot be divided so."""
+        rows, rest = divmod(self.batch_size, world_size * self.gradient_accumulation_steps)
+        if rest:
+            raise ConfigError(
+                f"batch_size ({self.batch_size}) must be divisible by the number of processes ({world_size}) "
+                f"x gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            )
+        return rows
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        shared = {field.name for field in fields(self)} & {field.name for field in fields(GPTConfig)}
+        return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in shared})
+
+
+def main(argv: list[str]) -> None:
+    config = read(TrainConfig, argv)
+    process = join_processes(config)
+    meta = prepared_dataset(config.dataset, process)
+    splits = {split: Tokens(split, meta, config, process.device) for split in ("train", "val")}
+    state = initial_state(config, meta, process)
+    model = parallel_and_compiled(state.model, config, process)
+
+    with Log(config, state, process) as log:
+        if state.step == 0 or config.eval_only:
+            review(state, splits, config, process, log)
+        unchecked = []  # figures of the steps since the last progress line: nothing has waited for the device yet
+        while state.step < config.max_iters and not config.eval_only:
+            unchecked.append(train_step(model, state, splits["train"], config, process))
+            state.step += 1
+            evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
+            if evaluating or state.step % config.log_interval == 0 or state.step == 1:
+                log.progress(state.step, *checked(unchecked, state, config, process))
+                unchecked.clear()
+            if evaluating:
+                review(state, splits, config, process, log)
+    process.say(f"best validation loss {state.best_val_loss:.4f}; python sample.py --out_dir={config.out_dir} shows it")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def train_step(model: nn.Module, state: "State", tokens: "Tokens", config: TrainConfig, process: "Process") -> Tensor:
+    """One step down the gradient of batch `state.step`. Returns (loss, gradient norm), still on the device."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, config)
+    shares = config.gradient_accumulation_steps
+    total_loss = torch.zeros((), device=process.device)
+    for share in range(shares):
+        x, y = batch(tokens, state.step, share, config, process)
+        torch.manual_seed(mix(config.seed, state.step, process.rank, share))  # of dropout
+        # The processes average their gradients once, while the last micro-batch is on its way back.
+        with model.no_sync() if process.world_size > 1 and share < shares - 1 else nullcontext():
+            with process.autocast():
+                _, loss = model(x, y)
+            state.scaler.scale(loss / shares).backward()
+        total_loss += loss.detach() / shares
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    return torch.stack((total_loss, grad_norm))
+
+
+def checked(figures: list[Tensor], state: "State", config: TrainConfig, process: "Process") -> tuple[float, float]:
+    """Loss and gradient norm of the last step, over all processes. Raises UserError if any step's is not finite."""
+    rows = (process.sum(torch.stack(figures)) / process.world_size).tolist()
+    for step, (loss, grad_norm) in enumerate(rows, state.step - len(rows) + 1):
+        # A float16 gradient may overflow: the scaler skips that step and lowers the scale.
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
+            raise diverged(f"loss is {loss}, gradient norm {grad_norm}", step, config)
+    return loss, grad_norm
+
+
+def diverged(what: str, step: int, config: TrainConfig) -> UserError:
+    return UserError(
+        f"{what} at step {step}, learning rate {learning_rate(max(0, step - 1), config):.1e}; the last checkpoint is "
+        "as it was. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to `learning_rate`, then half a cosine down to `min_lr` (Loshchilov & Hutter, 2017)."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    if not config.decay_lr:
+        return config.learning_rate
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# Data
+
+
+class Tokens:
+    """One split of a dataset. It stays on disk, mapped into memory; a small one moves to the device."""
+
+    def __init__(self, split: str, meta: dict, config: TrainConfig, device: torch.device):
+        ids = load_tokens(config.dataset, split, meta)
+        self.path = dataset_folder(config.dataset) / f"{split}.bin"
+        if len(ids) <= config.block_size:
+            raise UserError(
+                f"{self.path} has {len(ids)} tokens: too few for block_size {config.block_size} and a target"
+            )
+        self.vocab_size = meta["vocab_size"]
+        self.device = device
+        self.ids = torch.from_numpy(ids.view("<i2"))  # torch gathers int16 on every device, uint16 not
+        self.checked = ids.nbytes < SMALL
+        if self.checked:
+            self.check(ids.max())
+            self.ids = self.ids.to(device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def check(self, largest: int) -> None:
+        if largest >= self.vocab_size:
+            raise UserError(f"{self.path} has token id {largest}; the vocabulary has {self.vocab_size} tokens")
+
+    def blocks(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+        """Inputs (B, length) that begin at `starts` (B,), and as targets the same shifted by one: the next tokens."""
+        where = self.ids.device
+        places = torch.from_numpy(starts).to(where)[:, None] + torch.arange(length + 1, device=where)
+        rows = self.ids[places].long() & 0xFFFF  # unsigned again
+        if not self.checked:
+            self.check(rows.max().item())
+            rows = rows.to(self.device)
+        return rows[:, :-1], rows[:, 1:]
+
+
+def batch(tokens: Tokens, step: int, share: int, config: TrainConfig, process: "Process") -> tuple[Tensor, Tensor]:
+    """Inputs and targets (rows, block_size) of one micro-batch of a step.
+
+    Every process draws the starts of the whole batch and takes its own: the batch is the same, however many share it.
+    """
+    chance = np.random.default_rng((config.seed, step))
+    starts = chance.integers(len(tokens) - config.block_size, size=config.batch_size)
+    rows = config.micro_batch_size(process.world_size)
+    first = (process.rank * config.gradient_accumulation_steps + share) * rows
+    return tokens.blocks(starts[first : first + rows], config.block_size)
+
+
+def mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def prepared_dataset(dataset: str, process: "Process") -> dict:
+    """meta.json of the dataset; process 0 prepares it when it is missing, while the others wait."""
+
+    def meta() -> dict:
+        if not (dataset_folder(dataset) / "meta.json").exists():
+            prepare(PrepareConfig(dataset=dataset))
+        return load_meta(dataset)
+
+    return process.from_first(meta)
+
+
+# Evaluation
+
+
+def review(state: "State", splits: dict[str, Tokens], config: TrainConfig, process: "Process", log: "Log") -> None:
+    """Evaluate; then write ckpt.pt, and best.pt if no validation loss was lower."""
+    n_tokens = len(splits["val"]) - 1
+    if config.eval_iters:
+        n_tokens = min(n_tokens, config.eval_iters * config.batch_size * config.block_size)
+    train_loss, val_loss = (
+        evaluate(state.model, splits[split], n_tokens, config, process) for split in ("train", "val")
+    )
+    log.evaluation(state.step, train_loss, val_loss)
+    if not math.isfinite(val_loss):
+        raise diverged(f"validation loss is {val_loss}", state.step, config)
+    if not config.eval_only and process.rank == 0:
+        if val_loss < state.best_val_loss:
+            state.best_val_loss = val_loss
+            state.save(Path(config.out_dir) / "best.pt", config)
+        state.save(Path(config.out_dir) / "ckpt.pt", config, to_resume=True)
+    log.restart_clock(state.step)
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: "Process") -> float:
+    """Mean loss, in nats a token, of predicting the first `n_tokens` tokens that follow another, block after block.
+
+    The processes share the work. The model is not the compiled one: that would be compiled a second time, for nothing.
+    """
+    n_tokens = min(n_tokens, len(tokens) - 1)
+    length = config.block_size
+    rows = max(config.micro_batch_size(process.world_size), 8192 // length)  # of short blocks more at a time
+    starts = np.arange(0, n_tokens - length + 1, length)
+    groups = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
+    if rest := n_tokens % length:
+        groups.append((np.array([n_tokens - rest]), rest))
+    model.eval()
+    total = 0.0
+    for group, length in groups[process.rank :: process.world_size]:
+        with process.autocast():
+            _, loss = model(*tokens.blocks(group, length))
+        total += loss.item() * len(group) * length
+    model.train()
+    return process.sum(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
+
+
+# State and checkpoints
+
+
+@dataclass
+class State:
+    """All that a run is at one moment; `step` counts finished optimizer steps."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: dict
+    step: int = 0
+    best_val_loss: float = math.inf
+
+    def save(self, path: Path, config: TrainConfig, to_resume: bool = False) -> None:
+        """Write what `sample.py` needs; to resume, the optimizer too."""
+        checkpoint = {
+            "format": 1,
+            "model": self.model.state_dict(),
+            "model_config": asdict(self.model.config),
+            "step": self.step,
+            "best_val_loss": self.best_val_loss,
+            "config": asdict(config),
+            "tokenizer": self.tokenizer,
+        }
+        if to_resume:
+            checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        with replacing(path) as file:
+            torch.save(checkpoint, file)
+
+
+def initial_state(config: TrainConfig, meta: dict, process: "Process") -> State:
+    """A new model and optimizer, or those of out_dir/ckpt.pt. Raises ConfigError when that holds another model."""
+    path = Path(config.out_dir) / "ckpt.pt"
+    checkpoint = process.from_first(lambda: find_checkpoint(path, config.init_from))
+    model_config = config.model_config(meta["vocab_size"])
+    tokenizer = {name: meta[name] for name in ("tokenizer", "vocab_size", "chars") if name in meta}
+    if checkpoint:
+        wanted = {"model": config.model, **asdict(model_config), **tokenizer}
+        found = {"model": checkpoint["config"]["model"], **checkpoint["model_config"], **checkpoint["tokenizer"]}
+        if differences := changes(found | {"dropout": config.dropout}, wanted):
+            raise ConfigError(
+                f"{path} holds another model ({differences}): take another --out_dir or --init_from=scratch"
+            )
+        model = model_of(checkpoint, path, config.dropout)
+    else:
+        torch.manual_seed(config.seed)
+        model = MODELS[config.model](model_config)
+    model.to(process.device)
+    # Small float16 gradients would vanish without a scale; the other types need none.
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    state = State(model, adamw(model, config), scaler, tokenizer)
+    if checkpoint:
+        try:
+            groups = state.optimizer.state_dict()["param_groups"]  # this config's, not the old one's
+            state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+            scaler.load_state_dict(checkpoint["scaler"])
+        except Exception as error:
+            raise not_whole(path, error) from None
+        state.step, state.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        changed = changes(checkpoint["config"], asdict(config) | {"init_from": checkpoint["config"]["init_from"]})
+        process.say(f"going on from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    process.say(f"{n_parameters / 1e6:.2f}M parameters on {process}")
+    if state.step >= config.max_iters:
+        process.say(f"max_iters ({config.max_iters}) is reached; a higher one goes on, --init_from=scratch starts anew")
+    return state
+
+
+def find_checkpoint(path: Path, init_from: str) -> dict | None:
+    if init_from == "scratch" or (init_from == "auto" and not path.exists()):
+        return None
+    if not path.exists():
+        raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
+    return load_checkpoint(path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint into CPU memory, running no code of it. Raises UserError when it is not whole."""
+    try:
+        with zipfile.ZipFile(path) as container:
+            if damaged := container.testzip():  # torch itself does not look at the checksums
+                raise ValueError(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != 1:
+            raise ValueError(f"format {checkpoint['format']}, expected 1")
+        if missing := {"model", "model_config", "step", "best_val_loss", "config", "tokenizer"} - checkpoint.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        return checkpoint
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file sets off
+        raise not_whole(path, error) from None
+
+
+def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageModel:
+    """The model that a checkpoint holds. Raises UserError when its weights do not fit its config."""
+    try:
+        model = MODELS[checkpoint["config"]["model"]](GPTConfig(**checkpoint["model_config"] | {"dropout": dropout}))
+        model.load_state_dict(checkpoint["model"])
+        return model
+    except Exception as error:
+        raise not_whole(path, error) from None
+
+
+def not_whole(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is no whole checkpoint: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def changes(old: dict, new: dict) -> str:
+    """What differs, in few words: "dropout 0.1 -> 0.2, seed 1 -> 2"."""
+    different = {name: value for name, value in new.items() if old.get(name) != value}
+    return ", ".join(f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items())
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only: gains and biases have no reason to be small."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+# Devices and processes
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the `world_size` that torchrun started (one, without torchrun), its device and number type."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018)."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, figures: Tensor) -> Tensor:
+        """The sum over all processes."""
+        figures = figures.to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(figures)
+        return figures
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns in process 0, in every process; they wait for it."""
+        made = [make() if self.rank == 0 else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(made, device=self.device)
+        return made[0]
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{self.world_size} x {name}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def join_processes(config: TrainConfig) -> Process:
+    """Take this process's place among those of torchrun. Raises ConfigError where batch or device do not allow it."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    config.micro_batch_size(world_size)
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
+        if world_size > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    process = Process(rank, world_size, device, choose_dtype(config.dtype, device))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return process
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or the best one there is. Raises ConfigError when it is not there."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        return torch.device(there[0])
+    there += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name not in there:
+        raise ConfigError(f"there is no device {name!r} here; there is {', '.join(there)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number type of that name, or the fastest that is safe on the device. Raises ConfigError for an unsafe one."""
+    if name == "float16" and device.type != "cuda":
+        raise ConfigError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # Without such instructions bfloat16 is emulated, and slower than float32.
+    native = torch.cpu.get_capabilities()
+    fast = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
+    """The same weights, for training: gradients averaged over the processes, kernels fused."""
+    if process.world_size > 1:
+        model = DistributedDataParallel(model)
+    if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
+        model = torch.compile(model)
+    return model
+
+
+# What the user sees
+
+
+class Log:
+    """The console, where a terminal rewrites the progress line in place, and out_dir/log.csv with a row per line."""
+
+    COLUMNS = ("step", "seconds", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu")
+
+    def __init__(self, config: TrainConfig, state: State, process: Process):
+        self.config, self.process = config, process
+        self.flops_per_token = flops_per_token(state.model, config.block_size)
+        self.peak_flops = peak_flops(process)
+        self.open_line = self.warned = False
+        self.path = None if process.rank or config.eval_only else Path(config.out_dir) / "log.csv"
+        self.started = time.perf_counter()
+        if self.path:
+            rows = self.rows_until(state.step)
+            if rows:
+                self.started -= float(rows[-1].split(",")[1])
+            with replacing(self.path) as file:
+                file.write("".join([",".join(self.COLUMNS) + "\n", *rows]).encode())
+        self.restart_clock(state.step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.open_line:
+            print()
+
+    def rows_until(self, step: int) -> list[str]:
+        """The rows that a run resumed at `step` keeps: whole ones, of steps that it will not take again."""
+        if step == 0 or not self.path.exists():
+            return []
+        rows = self.path.read_text().splitlines(keepends=True)[1:]
+        whole = [row for row in rows if row.endswith("\n") and row.count(",") == len(self.COLUMNS) - 1]
+        return [row for row in whole if int(row.split(",")[0]) <= step]
+
+    def restart_clock(self, step: int) -> None:
+        """Measure speed from here on."""
+        self.since, self.since_step = time.perf_counter(), step
+
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        self.row(step=step, train_loss=train_loss, val_loss=val_loss)
+
+    def progress(self, step: int, loss: float, grad_norm: float) -> None:
+        seconds = (time.perf_counter() - self.since) / (step - self.since_step)  # of one step
+        self.restart_clock(step)
+        speed = self.config.batch_size * self.config.block_size / seconds
+        mfu = self.flops_per_token * speed / self.peak_flops if self.peak_flops else None
+        left = (self.config.max_iters - step) * seconds
+        lr = learning_rate(step - 1, self.config)
+        self.line(
+            f"step {step}/{self.config.max_iters} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
+            f"{speed / 1e3:,.1f}k tok/s | {f'mfu {mfu:.0%} | ' if mfu else ''}eta {clock(left)}",
+            stays=False,
+        )
+        self.row(step=step, train_loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, mfu=mfu)
+        if not self.warned and self.process.device.type == "cpu" and left > 3600:
+            self.line(
+                f"this will take about {left / 3600:.0f} hours on this CPU; "
+                "python train.py config/shakespeare_char_cpu.py takes two minutes"
+            )
+        self.warned = True
+
+    def line(self, text: str, stays: bool = True) -> None:
+        """Print a line; on a terminal, the next one overwrites it if it does not stay."""
+        in_place = sys.stdout.isatty()
+        if self.process.rank == 0:
+            erase = "\r\033[K" if self.open_line else ""
+            self.open_line = in_place and not stays
+            print(erase + text, end="" if self.open_line else "\n", flush=True)
+
+    def row(self, **figures: float | None) -> None:
+        if self.path:
+            figures["seconds"] = round(time.perf_counter() - self.started, 3)
+            values = ["" if figures.get(column) is None else f"{figures[column]:.7g}" for column in self.COLUMNS]
+            with open(self.path, "a", newline="") as file:
+                file.write(",".join(values) + "\n")
+
+
+def flops_per_token(model: LanguageModel, block_size: int) -> int:
+    """Floating-point operations of training on one token: 6 a weight, 12 T C an attention (PaLM, appendix B)."""
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    attentions = sum(isinstance(module, CausalSelfAttention) for module in model.modules())
+    return 6 * weights + 12 * attentions * block_size * model.config.n_embd
+
+
+def peak_flops(process: Process) -> float | None:
+    """What all processes' devices can do in a second at best, where that is known."""
+    if process.device.type != "cuda" or process.dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(process.device)
+    return next((peak * process.world_size for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+if __name__ == "__main__":
+    run(main)
