@@ -188,7 +188,8 @@ def survey(path: Path) -> tuple["CharTokenizer", int, str]:
     """Read the text once: its tokenizer, how many tokens it has, its sha256."""
     seen, n_tokens, digest = np.zeros(sys.maxunicode + 1, bool), 0, hashlib.sha256()
     for data, points in read_pieces(path):
-        seen[points] = True
+        counts = np.bincount(points)  # takes half as long as seen[points] = True
+        seen[: len(counts)] |= counts > 0
         n_tokens += len(points)
         digest.update(data)
     if not n_tokens:
@@ -228,7 +229,7 @@ class CharTokenizer:
         return self.encode_points(code_points(text))
 
     def encode_points(self, points: np.ndarray) -> np.ndarray:
-        ids = self.id_of[points]
+        ids = self.id_of.take(points)
         if len(ids) and ids.min() < 0:
             at = int(np.argmax(ids < 0))
             raise ValueError(f"character {chr(points[at])!r} at position {at} is not in the vocabulary")

@@ -154,12 +154,16 @@ def test_initial_loss_is_that_of_guessing():
     assert model(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(65), abs=0.1)
 
 
-def test_initial_weights_have_the_promised_spread():
-    model = GPT(GPTConfig(**REFERENCE))
+@pytest.mark.parametrize(("n_embd", "expected"), [(768, 0.02), (192, 0.04)])
+def test_initial_weights_have_the_promised_spread(n_embd, expected):
+    model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=8, n_head=1, n_embd=n_embd))
     std = {name: tensor.std().item() for name, tensor in model.state_dict().items()}
-    assert std["transformer.h.3.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.02)
+    assert std["transformer.wte.weight"] == pytest.approx(0.02, rel=0.03)
+    assert std["transformer.h.3.attn.c_attn.weight"] == pytest.approx(expected, rel=0.03)
+    assert std["transformer.h.3.mlp.c_fc.weight"] == pytest.approx(expected, rel=0.03)
     for branch in ("attn", "mlp"):
-        assert std[f"transformer.h.3.{branch}.c_proj.weight"] == pytest.approx(0.02 / math.sqrt(12), rel=0.02)
+        assert std[f"transformer.h.3.{branch}.c_proj.weight"] == pytest.approx(expected / 4, rel=0.03)  # sqrt(2 x 8)
+    assert std["transformer.h.3.mlp.c_fc.bias"] == 0
 
 
 def test_loss_is_the_cross_entropy_of_the_targets(gpt, idx):
