@@ -1,8 +1,8 @@
 """The model: a GPT, and the bigram table that it grows out of.
 
 Token ids in, logits out. This file knows nothing of text, files or training, and needs torch alone, so it can be copied
-into any project. It reads from the smallest part to the whole: attention, feed-forward, block, GPT; then how a
-trained model writes.
+into any project. It reads from the parts to the whole: attention, feed-forward, block; what every language model does,
+writing included; GPT and Bigram.
 
 Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 """
@@ -121,15 +121,14 @@ class Block(nn.Module):
         self.residual = config.residual
         self.ln_1 = layer_norm(config)
         self.attn = CausalSelfAttention(config)
-        if config.feed_forward:
-            self.ln_2 = layer_norm(config)
-            self.mlp = FeedForward(config)
+        self.ln_2 = layer_norm(config) if config.feed_forward else None
+        self.mlp = FeedForward(config) if config.feed_forward else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x * self.residual + self.dropout(self.attn(self.ln_1(x), cache))
-        if hasattr(self, "mlp"):
-            x = x * self.residual + self.dropout(self.mlp(self.ln_2(x)))
+        x = (x if self.residual else 0) + self.dropout(self.attn(self.ln_1(x), cache))
+        if self.mlp is not None:
+            x = (x if self.residual else 0) + self.dropout(self.mlp(self.ln_2(x)))
         return x
 
 
@@ -150,7 +149,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Normal weights of std 0.02, as in GPT-2, whose blocks are 768 channels wide.
+        """Normal weights of std 0.02, as in GPT-2, whose smallest model has 768 channels.
 
         Narrower blocks get larger ones, so that a sum over fewer channels is as large: that took the 128 channels of
         config/shakespeare_char_cpu.py from validation loss 1.637 to 1.617. Weights that end a residual branch are
@@ -158,16 +157,33 @@ class LanguageModel(nn.Module):
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                std = 0.02 * math.sqrt(768 / self.config.n_embd) if ".h." in name else 0.02
+                std = 0.02 * math.sqrt(max(1, 768 / self.config.n_embd)) if ".h." in name else 0.02
                 if name.endswith("c_proj.weight"):
                     std /= math.sqrt(2 * self.config.n_layer)
                 parameter.normal_(std=std)
             elif name.endswith("bias"):
                 parameter.zero_()
 
-    def generate(self, idx: Tensor, max_new_tokens: int, **choices) -> Tensor:
-        """Continue each row of `idx` (B, T): (B, T + max_new_tokens). For the choices see `stream`."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, **choices)), dim=1)
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stride: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue each row of `idx` (B, T), T at least 1: (B, T + max_new_tokens).
+
+        temperature: divides the logits; 0 always takes the likeliest token. top_k: draw from the k likeliest (Fan et
+        al., 2018). top_p: from the fewest that hold this share of probability (Holtzman et al., 2019). generator: the
+        source of chance, on idx's device.
+
+        Past block_size the window slides: the oldest `stride` tokens go and the rest is read anew, at new positions.
+        stride=1 crops at every token, as the lecture does; the default, block_size // 4, costs a fraction of it.
+        """
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, stride, generator)), dim=1)
 
     @torch.no_grad()
     def stream(
@@ -180,15 +196,9 @@ class LanguageModel(nn.Module):
         stride: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continue each row of `idx` (B, T), T at least 1, and yield the tokens as they come, (B, 1) at a time.
-
-        temperature: divides the logits; 0 always takes the likeliest token. top_k: choose among the k likeliest (Fan et
-        al., 2018). top_p: among the fewest that hold this share of probability (Holtzman et al., 2019). generator: the
-        source of chance, on idx's device.
-
-        Past block_size the window slides: the oldest `stride` tokens go and the rest is read anew, at new positions.
-        stride=1 crops at every token, as the lecture does; the default, block_size // 4, costs a fraction of it.
-        """
+        """As `generate`, but yield the new tokens as they come, (B, 1) at a time; until the last, dropout is off."""
+        if not idx.size(1):
+            raise ValueError("there must be at least one token to continue")
         block_size = self.config.block_size
         stride = max(1, block_size // 4) if stride is None else stride
         if not 1 <= stride <= block_size:
@@ -203,14 +213,14 @@ class LanguageModel(nn.Module):
                     window = unread = window[:, stride:]
                     caches = self.new_caches()
                 x = self.read(unread, window.size(1) - unread.size(1), caches)
-                unread = choose(self.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
+                unread = sample_token(self.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
                 window = torch.cat((window, unread), dim=1)
                 yield unread
         finally:
             self.train(was_training)
 
 
-def choose(
+def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Draw one token (B, 1) from each row of logits (B, vocab_size)."""

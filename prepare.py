@@ -115,11 +115,11 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     """Download `url` to `path`. Overload and broken connections are tried again; raises UserError when all fails."""
     import requests  # a tenth of a second, which only a download should cost
 
-    host = urlsplit(url).hostname
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
+            host = urlsplit(url).hostname
             with requests.get(url, stream=True, timeout=TIMEOUT) as response:
                 if response.ok:
                     return save(response.iter_content(PIECE), path, sha256)
@@ -128,7 +128,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
                     break
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             problem = f"the connection to {host} failed {attempt + 1} times ({type(error).__name__})"
-        except (requests.RequestException, DownloadError) as error:
+        except (requests.RequestException, ValueError) as error:  # a wrong address, or wrong content
             problem = str(error)
             break
     raise UserError(
@@ -137,12 +137,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     )
 
 
-class DownloadError(Exception):
-    """What arrived is not what was wanted."""
-
-
 def save(pieces: Iterator[bytes], path: Path, sha256: str | None) -> None:
-    """Write the pieces to `path`, with progress on a terminal. Raises DownloadError when their hash is not `sha256`."""
+    """Write the pieces to `path`, with progress on a terminal. Raises ValueError when their hash is not `sha256`."""
     digest, received = hashlib.sha256(), 0
     with replacing(path) as file:
         for piece in pieces:
@@ -150,11 +146,9 @@ def save(pieces: Iterator[bytes], path: Path, sha256: str | None) -> None:
             digest.update(piece)
             received += len(piece)
             if sys.stderr.isatty():
-                print(f"\rdownloading {path}: {received / 1e6:.1f} MB", end="", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+                print(f"\rdownloading {path}: {received / 1e6:.1f} MB \r", end="", file=sys.stderr, flush=True)
         if sha256 and digest.hexdigest() != sha256:
-            raise DownloadError(f"wrong content: {received:,} bytes of sha256 {digest.hexdigest()}, expected {sha256}")
+            raise ValueError(f"wrong content: {received:,} bytes of sha256 {digest.hexdigest()}, expected {sha256}")
 
 
 def collect_stdlib(path: Path) -> str:
@@ -162,9 +156,8 @@ def collect_stdlib(path: Path) -> str:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     with replacing(path) as file:
-        for source in sorted(root.rglob("*.py"), key=lambda source: source.relative_to(root).as_posix()):
-            text = source.read_bytes()
-            if text.isascii() and left_out.isdisjoint(source.relative_to(root).parts):
+        for source in sorted(root.rglob("*.py"), key=Path.as_posix):
+            if left_out.isdisjoint(source.relative_to(root).parts) and (text := source.read_bytes()).isascii():
                 file.write(text)
     return f"the standard library of Python {sys.version.split()[0]}"
 
@@ -211,6 +204,22 @@ def encode_file(tokenizer: "CharTokenizer", path: Path, n_train: int) -> None:
             n_train = max(0, n_train - len(tokens))
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its place, flushed to disk, when the block ends; if it fails, nothing changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 # The tokens
 
 
@@ -243,10 +252,13 @@ class CharTokenizer:
 
 
 def tokenizer_of(facts: dict) -> CharTokenizer:
-    """The tokenizer that meta.json or a checkpoint describes. Raises UserError for one that is not known."""
+    """The tokenizer that meta.json or a checkpoint describes. Raises ValueError for one that is unknown or damaged."""
     if facts["tokenizer"] != "char":
-        raise UserError(f"tokenizer {facts['tokenizer']!r} is not known here; there is 'char'")
-    return CharTokenizer(facts["chars"])
+        raise ValueError(f"unknown tokenizer {facts['tokenizer']!r}; there is 'char'")
+    chars = facts["chars"]
+    if not isinstance(chars, str) or not len(set(chars)) == len(chars) == facts["vocab_size"]:
+        raise ValueError("chars must be as many different characters as vocab_size says")
+    return CharTokenizer(chars)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -265,16 +277,13 @@ def load_meta(dataset: str) -> dict:
     path = dataset_folder(dataset) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
-        vocab_size = meta["vocab_size"]
-        if meta["tokenizer"] == "char" and len(set(meta["chars"])) != vocab_size:
-            raise ValueError(f"vocab_size is {vocab_size}, but it lists {len(set(meta['chars']))} characters")
-        if not 0 < vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, found {vocab_size}")
+        if meta["tokenizer"] == "char":  # any other one is of no concern before there is a text to encode
+            tokenizer_of(meta)
+        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, found {meta['vocab_size']}")
+        return meta
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); python prepare.py makes it anew"
-        ) from None
-    return meta
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare.py makes it anew") from None
 
 
 def load_tokens(dataset: str, split: str, meta: dict) -> np.ndarray:
@@ -286,23 +295,8 @@ def load_tokens(dataset: str, split: str, meta: dict) -> np.ndarray:
     promised = meta.get(f"{split}_tokens", size // TOKEN.itemsize)
     if size // TOKEN.itemsize != promised:
         raise UserError(f"{path} is damaged: it holds {size // TOKEN.itemsize} tokens, meta.json promises {promised}")
+    # Mapped copy-on-write, since torch warns of arrays that cannot be written; an empty file cannot be mapped.
     return np.memmap(path, TOKEN, mode="c") if size else np.zeros(0, TOKEN)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place, flushed to disk, when the block ends; if it fails, nothing changes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from config import ConfigError, key, read, run
 from prepare import CharTokenizer, tokenizer_of
-from train import choose_device, load_checkpoint, model_of
+from train import choose_device, load_checkpoint, model_of, unusable
 
 
 @dataclass
@@ -36,9 +36,10 @@ class SampleConfig:
         for name in ("num_samples", "max_new_tokens", "top_k"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("temperature", "seed"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0, or at least 0.001 and finite, found {self.temperature}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, found {self.seed}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
@@ -49,7 +50,12 @@ def main(argv: list[str]) -> None:
     path = find_checkpoint(Path(config.out_dir))
     checkpoint = load_checkpoint(path)
     model = model_of(checkpoint, path).to(device)
-    tokenizer = tokenizer_of(checkpoint["tokenizer"])
+    try:
+        tokenizer = tokenizer_of(checkpoint["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} characters for a vocabulary of {model.config.vocab_size}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise unusable(path, error) from None
     idx = torch.from_numpy(prompt(config.start, tokenizer)).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     choices = {
         "temperature": config.temperature,

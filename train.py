@@ -11,6 +11,7 @@ for bit, one process and eight see the same batches, and losses can be compared.
 
 import math
 import os
+import shutil
 import sys
 import time
 import zipfile
@@ -32,9 +33,15 @@ from model import GPT, Bigram, CausalSelfAttention, GPTConfig, LanguageModel
 from prepare import PrepareConfig, dataset_folder, load_meta, load_tokens, prepare, replacing
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
-# Dense bfloat16 FLOP/s, from NVIDIA's data sheets of the SXM cards.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-SMALL = 2**30  # bytes; a split below this is checked whole and lives on the device
+SMALL = 2**30  # bytes; a split below this lives on the device
+# Dense bfloat16 FLOP/s of the cards whose name has this in it; from NVIDIA's data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 80GB HBM3": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+}
 
 
 @dataclass
@@ -58,16 +65,16 @@ class TrainConfig:
 
     batch_size: int = key(64, "sequences in one optimizer step, over all processes together")
     gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share")
-    learning_rate: float = key(1e-3, "its peak")
-    min_lr: float = key(1e-4, "what it decays to")
+    learning_rate: float = key(1e-3, "peak learning rate")
+    min_lr: float = key(1e-4, "learning rate at the end of the decay")
     warmup_iters: int = key(100, "steps of linear warm-up")
-    lr_decay_iters: int | None = key(None, "step at which min_lr is reached; None: max_iters")
+    lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters")
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
     max_iters: int = key(5000, "optimizer steps")
-    weight_decay: float = key(0.1, "AdamW's, on matrices only")
-    beta1: float = key(0.9, "AdamW's memory of the gradient")
-    beta2: float = key(0.99, "AdamW's memory of its square")
-    grad_clip: float = key(1.0, "longest gradient; 0: not clipped")
+    weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only")
+    beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients")
+    beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares")
+    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping")
 
     eval_interval: int = key(250, "steps between evaluations, each of which writes a checkpoint")
     eval_iters: int = key(0, "batches of each evaluation; 0: the whole validation split")
@@ -82,12 +89,13 @@ class TrainConfig:
     compile: Literal["auto"] | bool = key("auto", "torch.compile the model; auto: on cuda")
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval"):
-            if getattr(self, name) < 1:
+        counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
+        for name in (*counts, "lr_decay_iters"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} must be at least 0 and below 2^63, found {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
@@ -104,6 +112,9 @@ class TrainConfig:
             )
         return rows
 
+    def path(self, name: str) -> Path:
+        return Path(self.out_dir) / name
+
     def model_config(self, vocab_size: int) -> GPTConfig:
         shared = {field.name for field in fields(self)} & {field.name for field in fields(GPTConfig)}
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in shared})
@@ -119,18 +130,19 @@ def main(argv: list[str]) -> None:
 
     with Log(config, state, process) as log:
         if state.step == 0 or config.eval_only:
-            review(state, splits, config, process, log)
-        unchecked = []  # figures of the steps since the last progress line: nothing has waited for the device yet
+            evaluate_and_save(state, splits, config, process, log)
+        pending = []  # figures of the steps since the last progress line: nothing has waited for the device yet
         while state.step < config.max_iters and not config.eval_only:
-            unchecked.append(train_step(model, state, splits["train"], config, process))
+            pending.append(train_step(model, state, splits["train"], config, process))
             state.step += 1
             evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
             if evaluating or state.step % config.log_interval == 0 or state.step == 1:
-                log.progress(state.step, *checked(unchecked, state, config, process))
-                unchecked.clear()
+                log.progress(state.step, *checked(pending, state, config, process))
+                pending.clear()
             if evaluating:
-                review(state, splits, config, process, log)
-    process.say(f"best validation loss {state.best_val_loss:.4f}; python sample.py --out_dir={config.out_dir} shows it")
+                evaluate_and_save(state, splits, config, process, log)
+    if not config.eval_only:
+        process.say(f"best validation loss {state.best_val_loss:.4f}; try python sample.py --out_dir={config.out_dir}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -139,17 +151,17 @@ def train_step(model: nn.Module, state: "State", tokens: "Tokens", config: Train
     """One step down the gradient of batch `state.step`. Returns (loss, gradient norm), still on the device."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, config)
-    shares = config.gradient_accumulation_steps
+    micro_steps = config.gradient_accumulation_steps
     total_loss = torch.zeros((), device=process.device)
-    for share in range(shares):
-        x, y = batch(tokens, state.step, share, config, process)
-        torch.manual_seed(mix(config.seed, state.step, process.rank, share))  # of dropout
+    for micro_step in range(micro_steps):
+        x, y = batch(tokens, state.step, micro_step, config, process)
+        torch.manual_seed(seed_from(config.seed, state.step, process.rank, micro_step))  # of dropout
         # The processes average their gradients once, while the last micro-batch is on its way back.
-        with model.no_sync() if process.world_size > 1 and share < shares - 1 else nullcontext():
+        with model.no_sync() if process.world_size > 1 and micro_step < micro_steps - 1 else nullcontext():
             with process.autocast():
                 _, loss = model(x, y)
-            state.scaler.scale(loss / shares).backward()
-        total_loss += loss.detach() / shares
+            state.scaler.scale(loss / micro_steps).backward()
+        total_loss += loss.detach() / micro_steps
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     state.scaler.step(state.optimizer)
@@ -171,7 +183,7 @@ def checked(figures: list[Tensor], state: "State", config: TrainConfig, process:
 def diverged(what: str, step: int, config: TrainConfig) -> UserError:
     return UserError(
         f"{what} at step {step}, learning rate {learning_rate(max(0, step - 1), config):.1e}; the last checkpoint is "
-        "as it was. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+        "untouched. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
     )
 
 
@@ -202,8 +214,8 @@ class Tokens:
         self.vocab_size = meta["vocab_size"]
         self.device = device
         self.ids = torch.from_numpy(ids.view("<i2"))  # torch gathers int16 on every device, uint16 not
-        self.checked = ids.nbytes < SMALL
-        if self.checked:
+        self.in_memory = ids.nbytes < SMALL
+        if self.in_memory:
             self.check(ids.max())
             self.ids = self.ids.to(device)
 
@@ -216,28 +228,33 @@ class Tokens:
 
     def blocks(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Inputs (B, length) that begin at `starts` (B,), and as targets the same shifted by one: the next tokens."""
-        where = self.ids.device
-        places = torch.from_numpy(starts).to(where)[:, None] + torch.arange(length + 1, device=where)
-        rows = self.ids[places].long() & 0xFFFF  # unsigned again
-        if not self.checked:
+        starts = send(torch.from_numpy(starts), self.ids.device)
+        positions = starts[:, None] + torch.arange(length + 1, device=starts.device)  # (B, length + 1)
+        rows = self.ids[positions].long() & 0xFFFF  # unsigned again
+        if not self.in_memory:
             self.check(rows.max().item())
-            rows = rows.to(self.device)
+            rows = send(rows, self.device)
         return rows[:, :-1], rows[:, 1:]
 
 
-def batch(tokens: Tokens, step: int, share: int, config: TrainConfig, process: "Process") -> tuple[Tensor, Tensor]:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for it: from pinned memory a GPU fetches by itself."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, process: "Process") -> tuple[Tensor, Tensor]:
     """Inputs and targets (rows, block_size) of one micro-batch of a step.
 
     Every process draws the starts of the whole batch and takes its own: the batch is the same, however many share it.
     """
-    chance = np.random.default_rng((config.seed, step))
-    starts = chance.integers(len(tokens) - config.block_size, size=config.batch_size)
+    rng = np.random.default_rng((config.seed, step))
+    starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
     rows = config.micro_batch_size(process.world_size)
-    first = (process.rank * config.gradient_accumulation_steps + share) * rows
+    first = (process.rank * config.gradient_accumulation_steps + micro_step) * rows
     return tokens.blocks(starts[first : first + rows], config.block_size)
 
 
-def mix(*numbers: int) -> int:
+def seed_from(*numbers: int) -> int:
     """One seed out of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -245,18 +262,20 @@ def mix(*numbers: int) -> int:
 def prepared_dataset(dataset: str, process: "Process") -> dict:
     """meta.json of the dataset; process 0 prepares it when it is missing, while the others wait."""
 
-    def meta() -> dict:
+    def prepare_and_load() -> dict:
         if not (dataset_folder(dataset) / "meta.json").exists():
             prepare(PrepareConfig(dataset=dataset))
         return load_meta(dataset)
 
-    return process.from_first(meta)
+    return process.from_rank_0(prepare_and_load)
 
 
 # Evaluation
 
 
-def review(state: "State", splits: dict[str, Tokens], config: TrainConfig, process: "Process", log: "Log") -> None:
+def evaluate_and_save(
+    state: "State", splits: dict[str, Tokens], config: TrainConfig, process: "Process", log: "Log"
+) -> None:
     """Evaluate; then write ckpt.pt, and best.pt if no validation loss was lower."""
     n_tokens = len(splits["val"]) - 1
     if config.eval_iters:
@@ -270,8 +289,8 @@ def review(state: "State", splits: dict[str, Tokens], config: TrainConfig, proce
     if not config.eval_only and process.rank == 0:
         if val_loss < state.best_val_loss:
             state.best_val_loss = val_loss
-            state.save(Path(config.out_dir) / "best.pt", config)
-        state.save(Path(config.out_dir) / "ckpt.pt", config, to_resume=True)
+            state.save(config.path("best.pt"), config)
+        state.save(config.path("ckpt.pt"), config, to_resume=True)
     log.restart_clock(state.step)
 
 
@@ -331,8 +350,10 @@ class State:
 
 def initial_state(config: TrainConfig, meta: dict, process: "Process") -> State:
     """A new model and optimizer, or those of out_dir/ckpt.pt. Raises ConfigError when that holds another model."""
-    path = Path(config.out_dir) / "ckpt.pt"
-    checkpoint = process.from_first(lambda: find_checkpoint(path, config.init_from))
+    path = config.path("ckpt.pt")
+    checkpoint = find_checkpoint(path, config.init_from)
+    if process.from_rank_0(lambda: checkpoint and checkpoint["step"]) != (checkpoint and checkpoint["step"]):
+        raise UserError(f"{path} is not the same on every machine: all must see the same folder")
     model_config = config.model_config(meta["vocab_size"])
     tokenizer = {name: meta[name] for name in ("tokenizer", "vocab_size", "chars") if name in meta}
     if checkpoint:
@@ -354,15 +375,16 @@ def initial_state(config: TrainConfig, meta: dict, process: "Process") -> State:
         try:
             groups = state.optimizer.state_dict()["param_groups"]  # this config's, not the old one's
             state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-            scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"]:  # of a float16 run
+                scaler.load_state_dict(checkpoint["scaler"])
         except Exception as error:
-            raise not_whole(path, error) from None
+            raise unusable(path, error) from None
         state.step, state.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
         changed = changes(checkpoint["config"], asdict(config) | {"init_from": checkpoint["config"]["init_from"]})
         process.say(f"going on from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     process.say(f"{n_parameters / 1e6:.2f}M parameters on {process}")
-    if state.step >= config.max_iters:
+    if state.step >= config.max_iters and not config.eval_only:
         process.say(f"max_iters ({config.max_iters}) is reached; a higher one goes on, --init_from=scratch starts anew")
     return state
 
@@ -390,7 +412,7 @@ def load_checkpoint(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or hostile file sets off
-        raise not_whole(path, error) from None
+        raise unusable(path, error) from None
 
 
 def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageModel:
@@ -400,11 +422,12 @@ def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageMode
         model.load_state_dict(checkpoint["model"])
         return model
     except Exception as error:
-        raise not_whole(path, error) from None
+        raise unusable(path, error) from None
 
 
-def not_whole(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is no whole checkpoint: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+def unusable(path: Path, error: Exception) -> UserError:
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    return UserError(f"{path} is not a usable checkpoint: {type(error).__name__}: {first_line}")
 
 
 def changes(old: dict, new: dict) -> str:
@@ -442,16 +465,23 @@ class Process:
 
     def sum(self, figures: Tensor) -> Tensor:
         """The sum over all processes."""
-        figures = figures.to(self.device)
         if self.world_size > 1:
+            figures = figures.to(self.device)
             dist.all_reduce(figures)
         return figures
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns in process 0, in every process; they wait for it."""
-        made = [make() if self.rank == 0 else None]
+    def from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns in process 0, or the error that it raises there, in every process; the others wait."""
+        made = [None]
+        if self.rank == 0:
+            try:
+                made = [make()]
+            except (UserError, OSError) as error:
+                made = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(made, device=self.device)
+        if isinstance(made[0], Exception):
+            raise made[0]
         return made[0]
 
     def say(self, text: str) -> None:
@@ -467,26 +497,30 @@ def join_processes(config: TrainConfig) -> Process:
     """Take this process's place among those of torchrun. Raises ConfigError where batch or device do not allow it."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config.micro_batch_size(world_size)
-    device = choose_device(config.device)
+    device = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
-        if world_size > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
     process = Process(rank, world_size, device, choose_dtype(config.dtype, device))
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return process
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name, or the best one there is. Raises ConfigError when it is not there."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+def choose_device(name: str, processes: int = 1) -> torch.device:
+    """The device of that name, or the best one, for each of so many processes. Raises ConfigError for none."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if processes > 1:  # one GPU each, and gloo for the CPU; nothing connects processes on mps
+        there = ["cuda"] * (gpus >= processes) + ["cpu"]
+    else:
+        there += [f"cuda:{index}" for index in range(gpus)]
     if name == "auto":
         return torch.device(there[0])
-    there += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name not in there:
-        raise ConfigError(f"there is no device {name!r} here; there is {', '.join(there)}")
+        each = f" for each of {processes} processes" if processes > 1 else ""
+        raise ConfigError(f"there is no device {name!r}{each}; there is {', '.join(there)}")
     return torch.device(name)
 
 
@@ -526,7 +560,7 @@ class Log:
         self.flops_per_token = flops_per_token(state.model, config.block_size)
         self.peak_flops = peak_flops(process)
         self.open_line = self.warned = False
-        self.path = None if process.rank or config.eval_only else Path(config.out_dir) / "log.csv"
+        self.path = None if process.rank or config.eval_only else config.path("log.csv")
         self.started = time.perf_counter()
         if self.path:
             rows = self.rows_until(state.step)
@@ -549,7 +583,7 @@ class Log:
             return []
         rows = self.path.read_text().splitlines(keepends=True)[1:]
         whole = [row for row in rows if row.endswith("\n") and row.count(",") == len(self.COLUMNS) - 1]
-        return [row for row in whole if int(row.split(",")[0]) <= step]
+        return [row for row in whole if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
 
     def restart_clock(self, step: int) -> None:
         """Measure speed from here on."""
@@ -568,31 +602,35 @@ class Log:
         lr = learning_rate(step - 1, self.config)
         self.line(
             f"step {step}/{self.config.max_iters} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
-            f"{speed / 1e3:,.1f}k tok/s | {f'mfu {mfu:.0%} | ' if mfu else ''}eta {clock(left)}",
+            f"{speed / 1e3:,.{int(speed < 1e4)}f}k tok/s | {f'mfu {mfu:.0%} | ' if mfu else ''}eta {clock(left)}",
             stays=False,
         )
         self.row(step=step, train_loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, mfu=mfu)
         if not self.warned and self.process.device.type == "cpu" and left > 3600:
             self.line(
-                f"this will take about {left / 3600:.0f} hours on this CPU; "
+                f"this will take about {left / 3600:.1f} hours on this CPU; "
                 "python train.py config/shakespeare_char_cpu.py takes two minutes"
             )
         self.warned = True
 
     def line(self, text: str, stays: bool = True) -> None:
         """Print a line; on a terminal, the next one overwrites it if it does not stay."""
-        in_place = sys.stdout.isatty()
         if self.process.rank == 0:
             erase = "\r\033[K" if self.open_line else ""
-            self.open_line = in_place and not stays
+            self.open_line = sys.stdout.isatty() and not stays
+            if self.open_line:  # a line that wraps could not be erased
+                text = text[: shutil.get_terminal_size().columns - 1]
             print(erase + text, end="" if self.open_line else "\n", flush=True)
 
     def row(self, **figures: float | None) -> None:
         if self.path:
             figures["seconds"] = round(time.perf_counter() - self.started, 3)
-            values = ["" if figures.get(column) is None else f"{figures[column]:.7g}" for column in self.COLUMNS]
+            values = (figures.get(column) for column in self.COLUMNS)
+            cells = (
+                "" if value is None else f"{value:.7g}" if isinstance(value, float) else str(value) for value in values
+            )
             with open(self.path, "a", newline="") as file:
-                file.write(",".join(values) + "\n")
+                file.write(",".join(cells) + "\n")
 
 
 def flops_per_token(model: LanguageModel, block_size: int) -> int:
@@ -607,7 +645,8 @@ def peak_flops(process: Process) -> float | None:
     if process.device.type != "cuda" or process.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(process.device)
-    return next((peak * process.world_size for card, peak in PEAK_FLOPS.items() if card in name), None)
+    peaks = [peak * process.world_size for card, peak in PEAK_FLOPS.items() if card in name and "MIG" not in name]
+    return peaks[0] if peaks else None
 
 
 def clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ Each program has one dataclass. A field is a key: its name, type, default and me
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import os
@@ -13,13 +14,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType, NoneType
+from types import NoneType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}
+MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 
 
 class UserError(Exception):
@@ -42,12 +43,12 @@ def key(default: Any, meaning: str) -> Any:
 def read(schema: type[T], argv: list[str]) -> T:
     """Build `schema` from its defaults, the recipes and the --key=value in `argv`. Raises ConfigError."""
     keys = get_type_hints(schema)
-    options, rest = parser(schema).parse_known_args(argv)
+    options, rest = parser_of(schema).parse_known_args(argv)
     values = {}
     for word in rest:
         if word.startswith("-"):
             name = word.lstrip("-").partition("=")[0]
-            raise ConfigError(f"--{name} is no key{did_you_mean(name, keys, '--')}; --help lists them all")
+            raise ConfigError(f"unknown key --{name}{did_you_mean(name, keys, '--')}; --help lists them all")
         values |= recipe(word, keys)
     for name, text in vars(options).items():
         values[name] = convert(text, keys[name], f"--{name}")
@@ -59,10 +60,10 @@ def read(schema: type[T], argv: list[str]) -> T:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(message.removeprefix("argument "))
 
 
-def parser(schema: type) -> Parser:
+def parser_of(schema: type) -> Parser:
     """The parser of the --key=value; it leaves recipes and unknown keys to `read`, values as text."""
     parser = Parser(
         usage="%(prog)s [config/NAME.py ...] [--key=value ...]",
@@ -73,13 +74,13 @@ def parser(schema: type) -> Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )
     for field, kind in zip(dataclasses.fields(schema), get_type_hints(schema).values(), strict=True):
-        help = f"{field.metadata['meaning']} (default: {field.default!r}; {describe(kind)})"
-        parser.add_argument(f"--{field.name}", metavar="VALUE", help=help.replace("%", "%%"))
+        meaning = f"{field.metadata['meaning']} (default: {field.default!r}; {describe(kind)})"
+        parser.add_argument(f"--{field.name}", metavar="VALUE", help=meaning.replace("%", "%%"))
     return parser
 
 
 def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Run the recipe and return the keys that it assigns; modules, functions and _names are its own business."""
+    """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business."""
     if not Path(path).is_file():
         recipes = [file.as_posix() for file in Path("config").rglob("*.py") if file.name != "__init__.py"]
         raise ConfigError(f"there is no recipe {path}{did_you_mean(path, recipes)}")
@@ -90,14 +91,16 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
-    values = {}
-    for name, value in names.items():
-        if name.startswith("_") or isinstance(value, ModuleType) or callable(value):
-            continue
-        if name not in keys:
-            raise ConfigError(f"{path}: {name} is no key{did_you_mean(name, keys)}")
-        values[name] = convert(value, keys[name], f"{path}: {name}")
-    return values
+    own = {name for name in names if name.startswith("_")}
+    for statement in ast.parse(Path(path).read_bytes()).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            own |= {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            own.add(statement.name)
+    if unknown := names.keys() - own - keys.keys():
+        name = min(unknown)
+        raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys)}")
+    return {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
@@ -107,7 +110,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return None
     if bool in allowed and text in BOOLS:
         return BOOLS[text]
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return value
     for number in (int, float):
         if number in allowed:
@@ -126,7 +129,8 @@ def options(kind: Any) -> list:
 
 
 def describe(kind: Any) -> str:
-    return " or ".join(MEANING.get(option, option) for option in options(kind))
+    *most, last = (MEANING.get(option, option) for option in options(kind))
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -136,15 +140,18 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a program: a user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback."""
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale, a model may say anything
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(0)
+    except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
     except (UserError, OSError) as error:
-        status = getattr(error, "status", 1)
-        # Under torchrun all processes make the same mistake in the same command: one line will do.
-        if status != ConfigError.status or os.environ.get("RANK", "0") == "0":
+        # Under torchrun all processes of a machine come to the same UserError: one line will do.
+        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(status)
+        sys.exit(getattr(error, "status", 1))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + 2)

@@ -71,26 +71,26 @@ def test_recipes_override_defaults_keys_override_recipes_and_the_last_wins(folde
     assert (config.size, config.rate, config.name) == (2, 0.1, "key")
 
 
-def test_modules_functions_and_private_names_are_the_recipes_own(folder):
-    text = "import math\nfrom pathlib import Path\n_base = 3\ndef double(x):\n    return 2 * x\nsize = double(_base)\n"
+def test_imports_functions_and_private_names_are_the_recipes_own(folder):
+    text = "import os.path\nfrom math import pi, tau as turn\n_base = 3\ndef double(x): return 2 * x\nsize = double(_base)\n"
     assert read(Example, [recipe(text)]).size == 6
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--sise=7"], "--sise is no key, did you mean --size?; --help lists them all"),
-        (["--xyzzy=7"], "--xyzzy is no key; --help lists them all"),
-        (["--siz=7"], "--siz is no key, did you mean --size?; --help lists them all"),
-        (["-size=7"], "--size is no key, did you mean --size?; --help lists them all"),
-        (["--size"], "argument --size: expected one argument"),
+        (["--sise=7"], "unknown key --sise, did you mean --size?; --help lists them all"),
+        (["--xyzzy=7"], "unknown key --xyzzy; --help lists them all"),
+        (["--siz=7"], "unknown key --siz, did you mean --size?; --help lists them all"),
+        (["-size=7"], "unknown key --size, did you mean --size?; --help lists them all"),
+        (["--size"], "--size: expected one argument"),
         (["--size=big"], "--size must be a whole number, found 'big'"),
         (["--size=6.0"], "--size must be a whole number, found '6.0'"),
         (["--rate=fast"], "--rate must be a number, found 'fast'"),
-        (["--on=yes"], "--on must be True or False, found 'yes'"),
+        (["--on=yes"], "--on must be True/False, found 'yes'"),
         (["--limit=x"], "--limit must be a whole number or None, found 'x'"),
         (["--mode=slow"], "--mode must be fast or safe, found 'slow'"),
-        (["--compile=maybe"], "--compile must be auto or True or False, found 'maybe'"),
+        (["--compile=maybe"], "--compile must be auto or True/False, found 'maybe'"),
         (["--size=-1"], "size must be at least 0, found -1"),
         (["nothing.py"], "there is no recipe nothing.py"),
         (["config"], "there is no recipe config"),
@@ -106,7 +106,7 @@ def test_mistakes_in_the_command(folder, argv, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sise = 7", "recipe.py: sise is no key, did you mean size?"),
+        ("sise = 7", "recipe.py: unknown key sise, did you mean size?"),
         ("size = 7.5", "recipe.py: size must be a whole number, found 7.5"),
         ("size = True", "recipe.py: size must be a whole number, found True"),
         ("name = 5", "recipe.py: name must be text, found 5"),
@@ -116,6 +116,8 @@ def test_mistakes_in_the_command(folder, argv, message):
         ("\nsize = (7", "recipe.py, line 2: '(' was never closed: size = (7"),
         ("size = 1\nrate = 1 / 0\n", "recipe.py, line 2: ZeroDivisionError: division by zero"),
         ("import nowhere", "recipe.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("size = [6]", "recipe.py: size must be a whole number, found [6]"),
+        ("other = 5\nanother = 6", "recipe.py: unknown key another"),
     ],
 )
 def test_mistakes_in_a_recipe(folder, text, message):
@@ -139,7 +141,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, program):
     ended = command(program, "--nonsense=1")
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr == f"{program}: --nonsense is no key; --help lists them all\n"
+    assert ended.stderr == f"{program}: unknown key --nonsense; --help lists them all\n"
 
 
 def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):
@@ -151,6 +153,14 @@ def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):
         name = path.relative_to("config").with_suffix("").as_posix()
         assert config.out_dir == ("out" if name == "shakespeare_char" else f"out/{name}")
         assert path.read_text().startswith("# ")
+        assert config.micro_batch_size(2) >= 1
+
+
+def test_gpt2_124m_divides_among_8_gpus(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = read(TrainConfig, ["config/gpt2_124m.py"])
+    assert config.micro_batch_size(8) == 12
+    assert 450_000 < config.batch_size * config.block_size < 550_000  # GPT-2's tokens a step
 
 
 def test_the_reference_recipe_equals_the_defaults(monkeypatch):

@@ -14,7 +14,7 @@ def test_a_run_killed_at_random_moments_ends_like_the_one_left_alone(dataset):
     assert command("train.py", *SETTINGS, "--out_dir=whole").returncode == 0
     chance = random.Random(0)
     argv = [sys.executable, str(REPOSITORY / "train.py"), *SETTINGS]
-    for _ in range(4):
+    for _ in range(3):
         with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as running:
             for _ in range(chance.randrange(8, 25)):  # lines, each within a step or a checkpoint of the last
                 running.stdout.readline()

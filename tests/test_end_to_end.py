@@ -31,7 +31,7 @@ def test_no_network_at_all_trains_on_the_standard_library(folder):
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
 def test_the_cpu_recipe_on_tiny_shakespeare_downloaded_from_loopback(folder, monkeypatch):
-    """The first 200 steps of the recipe that most readers run first, with the real text, from a real server."""
+    """The first 100 steps of the recipe that most readers run first, with the real text, from a real server."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -50,8 +50,8 @@ def test_the_cpu_recipe_on_tiny_shakespeare_downloaded_from_loopback(folder, mon
         "data/shakespeare_char: 65 characters, 1,003,854 train tokens, 111,540 validation tokens\n"
     )
     trained = command(
-        "train.py", "config/shakespeare_char_cpu.py", "--max_iters=200", "--eval_interval=200", "--eval_iters=10"
+        "train.py", "config/shakespeare_char_cpu.py", "--max_iters=100", "--eval_interval=100", "--eval_iters=10"
     )
     assert trained.returncode == 0, trained.stderr
     assert losses(trained.stdout)[0][1] == pytest.approx(4.174, abs=0.1)  # ln 65
-    assert losses(trained.stdout)[200][1] < 2.45  # already below the bigram model
+    assert losses(trained.stdout)[100][1] < 2.7

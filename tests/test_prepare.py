@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import sys
 import threading
 import tracemalloc
@@ -233,7 +234,7 @@ def test_mistakes_in_the_command(folder, argv, message):
         ("val.bin", lambda data: data[:-2], "val.bin is damaged: it holds 1999 tokens, meta.json promises 2000"),
         ("meta.json", lambda data: data[:9], "meta.json is damaged (JSONDecodeError"),
         ("meta.json", lambda data: b"[]", "meta.json is damaged (TypeError"),
-        ("meta.json", lambda data: b"{}", "meta.json is damaged (KeyError: 'vocab_size')"),
+        ("meta.json", lambda data: b"{}", "meta.json is damaged (KeyError: 'tokenizer')"),
         (
             "meta.json",
             lambda data: data.replace(b'"chars": "', b'"chars": "?'),
@@ -318,13 +319,18 @@ def test_a_failed_download_says_why_names_three_ways_on_and_leaves_nothing(
     assert files(folder) == []
 
 
-def test_no_network_is_one_line_and_status_1(folder, server):
-    server.server_close()  # nobody listens at its port any more
+def test_nobody_at_the_address_is_tried_again(folder, server, waits):
+    server.server_close()
+    with pytest.raises(UserError, match=r"the connection to 127\.0\.0\.1 failed 4 times \(ConnectionError\)"):
+        prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert waits == [1, 2, 4]
+
+
+def test_a_failed_download_is_one_line_and_status_1(folder, server):
+    server.answers = [(404, {}, b"")]
     ended = command("prepare.py", "--dataset=mine", f"--url={server.url}")
     assert ended.returncode == 1
-    assert ended.stderr.startswith(
-        f"prepare.py: cannot download {server.url}: the connection to 127.0.0.1 failed 4 times"
-    )
+    assert ended.stderr.startswith(f"prepare.py: cannot download {server.url}: 127.0.0.1 answered 404 Not Found")
     assert ended.stderr.count("\n") == 1
 
 
@@ -337,9 +343,10 @@ def test_a_silent_server_is_given_up(folder, server, waits, monkeypatch):
     released.set()
 
 
-def test_an_address_that_is_none_is_refused(folder, waits):
-    with pytest.raises(UserError, match="cannot download nonsense: Invalid URL 'nonsense'"):
-        prepare.main(["--dataset=mine", "--url=nonsense"])
+@pytest.mark.parametrize("url", ["nonsense", "http://[x", "http://a..b/", "ftp://127.0.0.1/text"])
+def test_an_invalid_url_is_refused_at_once(folder, waits, url):
+    with pytest.raises(UserError, match=re.escape(f"cannot download {url}: ")):
+        prepare.main(["--dataset=mine", f"--url={url}"])
     assert waits == []
 
 

@@ -1,6 +1,10 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import checkpoint, command, train_here
+from conftest import REPOSITORY, checkpoint, command, tiny, train_here
 
 import sample
 import train
@@ -111,9 +115,10 @@ def test_samples_go_past_the_context(dataset, capsys, model):
         (["--num_samples=0"], "num_samples must be at least 1, found 0"),
         (["--top_k=0"], "top_k must be at least 1, found 0"),
         (["--top_p=0"], "top_p must be above 0 and at most 1, found 0.0"),
-        (["--temperature=-1"], "temperature must be at least 0, found -1.0"),
-        (["--temperature=inf"], "temperature must be at least 0, found inf"),
-        (["--temprature=1"], "--temprature is no key, did you mean --temperature?; --help lists them all"),
+        (["--temperature=-1"], "temperature must be 0, or at least 0.001 and finite, found -1.0"),
+        (["--temperature=1e-39"], "temperature must be 0, or at least 0.001 and finite, found 1e-39"),
+        (["--seed=-1"], "seed must be at least 0 and below 2^63, found -1"),
+        (["--temprature=1"], "unknown key --temprature, did you mean --temperature?; --help lists them all"),
     ],
 )
 def test_mistakes(trained, arguments, message):
@@ -123,11 +128,21 @@ def test_mistakes(trained, arguments, message):
     assert str(error.value) == message
 
 
-def test_a_tokenizer_that_is_not_known_is_named(trained):
-    content = checkpoint("out/best.pt")
-    torch.save(content | {"tokenizer": {"tokenizer": "gpt2", "vocab_size": 50257}}, "out/best.pt")
-    with pytest.raises(UserError, match="tokenizer 'gpt2' is not known here"):
+@pytest.mark.parametrize(
+    ("tokenizer", "problem"),
+    [
+        ({"tokenizer": "gpt2", "vocab_size": 50257}, "ValueError: unknown tokenizer 'gpt2'; there is 'char'"),
+        ({"tokenizer": "char", "vocab_size": 2, "chars": "ab"}, "ValueError: 2 characters for a vocabulary of 21"),
+        ({"tokenizer": "char", "vocab_size": 21, "chars": "ab"}, "ValueError: chars must be as many different"),
+        ({"tokenizer": "char"}, "KeyError: 'chars'"),
+        (None, "TypeError: 'NoneType' object is not subscriptable"),
+    ],
+)
+def test_a_checkpoint_with_a_wrong_tokenizer_is_refused(trained, tokenizer, problem):
+    torch.save(checkpoint("out/best.pt") | {"tokenizer": tokenizer}, "out/best.pt")
+    with pytest.raises(UserError) as error:
         sample.main([])
+    assert str(error.value).startswith(f"out/best.pt is not a usable checkpoint: {problem}")
 
 
 def test_samples_alone_are_on_stdout(trained):
@@ -135,3 +150,18 @@ def test_samples_alone_are_on_stdout(trained):
     assert ended.returncode == 0
     assert len(ended.stdout) == 14
     assert ended.stderr == ""
+
+
+def test_any_character_can_be_printed_and_a_closed_pipe_is_quiet(folder):
+    (folder / "mine.txt").write_text("❤😀" * 3000)
+    command("prepare.py", "--dataset=mine", "--input=mine.txt")
+    assert command("train.py", *tiny(dataset="mine", max_iters=1)).returncode == 0
+    ended = command("sample.py", "--start=❤", env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="utf-8")
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("❤")
+    argv = [sys.executable, str(REPOSITORY / "sample.py"), "--start=❤", "--max_new_tokens=2000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.read(1)
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait(60) == 141
