@@ -93,9 +93,11 @@ class TrainConfig:
         for name in (*counts, "lr_decay_iters"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be at least 0 and below 2^63, found {getattr(self, name)}")
+        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "eval_iters"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, found {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, found {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
@@ -144,6 +146,7 @@ def main(argv: list[str]) -> None:
     if not config.eval_only:
         process.say(f"best validation loss {state.best_val_loss:.4f}; try python sample.py --out_dir={config.out_dir}")
     if dist.is_initialized():
+        dist.barrier()  # gloo may abort a process that leaves while another one still writes
         dist.destroy_process_group()
 
 

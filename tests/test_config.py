@@ -72,7 +72,9 @@ def test_recipes_override_defaults_keys_override_recipes_and_the_last_wins(folde
 
 
 def test_imports_functions_and_private_names_are_the_recipes_own(folder):
-    text = "import os.path\nfrom math import pi, tau as turn\n_base = 3\ndef double(x): return 2 * x\nsize = double(_base)\n"
+    text = (
+        "import os.path\nfrom math import pi, tau as turn\n_base = 3\ndef twice(x): return 2 * x\nsize = twice(_base)\n"
+    )
     assert read(Example, [recipe(text)]).size == 6
 
 

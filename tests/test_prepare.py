@@ -238,7 +238,7 @@ def test_mistakes_in_the_command(folder, argv, message):
         (
             "meta.json",
             lambda data: data.replace(b'"chars": "', b'"chars": "?'),
-            "meta.json is damaged (ValueError: vocab",
+            "meta.json is damaged (ValueError: chars",
         ),
         (
             "meta.json",

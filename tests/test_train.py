@@ -671,7 +671,7 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--dropout=1"], "dropout must be at least 0 and below 1, found 1.0"),
         (["--batch_size=0"], "batch_size must be at least 1, found 0"),
         (["--max_iters=-5"], "max_iters must be at least 1, found -5"),
-        (["--learning_rate=nan"], "learning_rate must be at least 0 and below 2^63, found nan"),
+        (["--learning_rate=nan"], "learning_rate must be finite and at least 0, found nan"),
         (["--beta2=1"], "beta2 must be at least 0 and below 1, found 1.0"),
         (["--lr_decay_iters=-5"], "lr_decay_iters must be at least 1, found -5"),
         (["--seed=18446744073709551616"], "seed must be at least 0 and below 2^63, found 18446744073709551616"),
