@@ -9,6 +9,8 @@ for bit, one process and eight see the same batches, and losses can be compared.
     torchrun --nproc_per_node=8 train.py --n_layer=12        many GPUs, other values
 """
 
+from __future__ import annotations
+
 import math
 import os
 import shutil
@@ -150,7 +152,7 @@ def main(argv: list[str]) -> None:
         dist.destroy_process_group()
 
 
-def train_step(model: nn.Module, state: "State", tokens: "Tokens", config: TrainConfig, process: "Process") -> Tensor:
+def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
     """One step down the gradient of batch `state.step`. Returns (loss, gradient norm), still on the device."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, config)
@@ -173,7 +175,7 @@ def train_step(model: nn.Module, state: "State", tokens: "Tokens", config: Train
     return torch.stack((total_loss, grad_norm))
 
 
-def checked(figures: list[Tensor], state: "State", config: TrainConfig, process: "Process") -> tuple[float, float]:
+def checked(figures: list[Tensor], state: State, config: TrainConfig, process: Process) -> tuple[float, float]:
     """Loss and gradient norm of the last step, over all processes. Raises UserError if any step's is not finite."""
     rows = (process.sum(torch.stack(figures)) / process.world_size).tolist()
     for step, (loss, grad_norm) in enumerate(rows, state.step - len(rows) + 1):
@@ -245,7 +247,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, process: "Process") -> tuple[Tensor, Tensor]:
+def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, process: Process) -> tuple[Tensor, Tensor]:
     """Inputs and targets (rows, block_size) of one micro-batch of a step.
 
     Every process draws the starts of the whole batch and takes its own: the batch is the same, however many share it.
@@ -262,7 +264,7 @@ def seed_from(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def prepared_dataset(dataset: str, process: "Process") -> dict:
+def prepared_dataset(dataset: str, process: Process) -> dict:
     """meta.json of the dataset; process 0 prepares it when it is missing, while the others wait."""
 
     def prepare_and_load() -> dict:
@@ -276,9 +278,7 @@ def prepared_dataset(dataset: str, process: "Process") -> dict:
 # Evaluation
 
 
-def evaluate_and_save(
-    state: "State", splits: dict[str, Tokens], config: TrainConfig, process: "Process", log: "Log"
-) -> None:
+def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process, log: Log) -> None:
     """Evaluate; then write ckpt.pt, and best.pt if no validation loss was lower."""
     n_tokens = len(splits["val"]) - 1
     if config.eval_iters:
@@ -289,16 +289,17 @@ def evaluate_and_save(
     log.evaluation(state.step, train_loss, val_loss)
     if not math.isfinite(val_loss):
         raise diverged(f"validation loss is {val_loss}", state.step, config)
-    if not config.eval_only and process.rank == 0:
-        if val_loss < state.best_val_loss:
-            state.best_val_loss = val_loss
+    better = val_loss < state.best_val_loss
+    state.best_val_loss = min(val_loss, state.best_val_loss)
+    if process.rank == 0 and not config.eval_only:
+        if better:
             state.save(config.path("best.pt"), config)
         state.save(config.path("ckpt.pt"), config, to_resume=True)
     log.restart_clock(state.step)
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: "Process") -> float:
+def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
     """Mean loss, in nats a token, of predicting the first `n_tokens` tokens that follow another, block after block.
 
     The processes share the work. The model is not the compiled one: that would be compiled a second time, for nothing.
@@ -351,7 +352,7 @@ class State:
             torch.save(checkpoint, file)
 
 
-def initial_state(config: TrainConfig, meta: dict, process: "Process") -> State:
+def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     """A new model and optimizer, or those of out_dir/ckpt.pt. Raises ConfigError when that holds another model."""
     path = config.path("ckpt.pt")
     checkpoint = find_checkpoint(path, config.init_from)
@@ -446,7 +447,6 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -573,7 +573,7 @@ class Log:
                 file.write("".join([",".join(self.COLUMNS) + "\n", *rows]).encode())
         self.restart_clock(state.step)
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_) -> None:
