@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from conftest import REPOSITORY, checkpoint, command, rows, same, tiny
+from conftest import REPOSITORY, checkpoint, command, rows, same, tiny, train_here
 
 SETTINGS = tiny(max_iters=150, eval_interval=5, log_interval=5)
 
@@ -30,8 +30,8 @@ def test_a_run_killed_at_random_moments_ends_like_the_one_left_alone(dataset):
 
 
 def test_what_a_killed_write_leaves_behind_disturbs_nobody(dataset):
-    assert command("train.py", *SETTINGS, "--max_iters=20").returncode == 0
+    train_here(max_iters=10)
     (dataset.parent.parent / "out" / "ckpt.pt.tmp").write_bytes(b"half a checkpoint")
-    assert command("train.py", *SETTINGS, "--max_iters=30").returncode == 0
-    assert checkpoint()["step"] == 30
+    train_here(max_iters=20)
+    assert checkpoint()["step"] == 20
     assert not (dataset.parent.parent / "out" / "ckpt.pt.tmp").exists()

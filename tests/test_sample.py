@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, checkpoint, command, tiny, train_here
+from conftest import REPOSITORY, checkpoint, command, train_here
 
+import prepare
 import sample
 import train
 from config import ConfigError, UserError
@@ -154,8 +155,8 @@ def test_samples_alone_are_on_stdout(trained):
 
 def test_any_character_can_be_printed_and_a_closed_pipe_is_quiet(folder):
     (folder / "mine.txt").write_text("❤😀" * 3000)
-    command("prepare.py", "--dataset=mine", "--input=mine.txt")
-    assert command("train.py", *tiny(dataset="mine", max_iters=1)).returncode == 0
+    prepare.main(["--dataset=mine", "--input=mine.txt"])
+    train_here(dataset="mine", max_iters=1)
     ended = command("sample.py", "--start=❤", env=os.environ | {"PYTHONIOENCODING": "cp1252"}, encoding="utf-8")
     assert ended.returncode == 0
     assert ended.stdout.startswith("❤")
