@@ -271,6 +271,12 @@ def test_generate_keeps_the_prompt_and_the_mode(gpt, idx):
     assert gpt.generate(idx, 0).equal(idx)
 
 
+def test_a_model_in_training_writes_without_dropout(idx):
+    model = lively(GPT(GPTConfig(**SMALL, dropout=0.5)))
+    expected = model.generate(idx, 20, temperature=0)
+    assert torch.equal(model.train().generate(idx, 20, temperature=0), expected)
+
+
 def test_the_same_generator_gives_the_same_text(gpt, idx):
     texts = [gpt.generate(idx, 30, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])

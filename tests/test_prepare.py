@@ -201,6 +201,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(folder):
     assert not (folder / "file.tmp").exists()
 
 
+def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(prepare.os, "fsync", lambda fd: order.append((Path("file.tmp").read_bytes(), fsync(fd))))
+    monkeypatch.setattr(prepare.os, "replace", lambda *paths: order.append(replace(*paths)))
+    with prepare.replacing(Path("file")) as file:
+        file.write(b"new")
+    assert order == [(b"new", None), None]
+    assert Path("file").read_bytes() == b"new"
+
+
 # Mistakes
 
 
@@ -273,6 +284,15 @@ def test_tiny_shakespeare_is_downloaded_once_and_its_hash_checked(folder, server
     prepare.main([])
     assert server.requests == 1
     assert decoded("shakespeare_char") == TEXT
+
+
+def test_a_download_shows_its_progress_on_a_terminal_only(folder, server, capsys, monkeypatch):
+    server.answers = [ok(b"text" * 300_000)]
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert "\rdownloading data/mine/input.txt: 1.2 MB \r" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
