@@ -80,7 +80,10 @@ def parser_of(schema: type) -> Parser:
 
 
 def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
-    """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business."""
+    """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business.
+
+    `_after = "NAME.py"` names the recipe beside it that it starts from.
+    """
     if not Path(path).is_file():
         recipes = [file.as_posix() for file in Path("config").rglob("*.py") if file.name != "__init__.py"]
         raise ConfigError(f"there is no recipe {path}{did_you_mean(path, recipes)}")
@@ -100,7 +103,9 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
     if unknown := names.keys() - own - keys.keys():
         name = min(unknown)
         raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys)}")
-    return {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
+    values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
+    before = recipe(str(Path(path).with_name(names["_after"])), keys) if "_after" in names else {}
+    return before | values
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:

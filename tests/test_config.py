@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,15 @@ def test_imports_functions_and_private_names_are_the_recipes_own(folder):
         "import os.path\nfrom math import pi, tau as turn\n_base = 3\ndef twice(x): return 2 * x\nsize = twice(_base)\n"
     )
     assert read(Example, [recipe(text)]).size == 6
+
+
+def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
+    recipe("size = 1; rate = 0.1; name = 'first'", "first.py")
+    recipe("_after = 'first.py'; size = 2", "second.py")
+    config = read(Example, [recipe("_after = 'second.py'; name = 'third'", "third.py")])
+    assert (config.size, config.rate, config.name) == (2, 0.1, "third")
+    with pytest.raises(ConfigError, match=r"there is no recipe nothing\.py"):
+        read(Example, [recipe("_after = 'nothing.py'")])
 
 
 @pytest.mark.parametrize(
@@ -156,6 +166,24 @@ def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):
         assert config.out_dir == ("out" if name == "shakespeare_char" else f"out/{name}")
         assert path.read_text().startswith("# ")
         assert config.micro_batch_size(2) >= 1
+
+
+def test_each_rung_of_the_lecture_adds_its_idea_to_the_last(monkeypatch):
+    monkeypatch.chdir(REPOSITORY / "config" / "lecture")
+    rungs = [dataclasses.asdict(read(TrainConfig, [str(path)])) for path in sorted(Path().glob("*.py"))]
+    added = [{name: new[name] for name in new if new[name] != old[name]} for old, new in itertools.pairwise(rungs)]
+    for step in added:
+        del step["out_dir"]
+    one_head = {"n_layer": 1, "n_head": 1, "n_embd": 32, "feed_forward": False, "residual": False, "layer_norm": False}
+    assert added[0] == {"model": "gpt", "learning_rate": 1e-2, **one_head}
+    assert added[1] == {"n_head": 4}
+    assert added[2] == {"feed_forward": True}
+    assert added[3] == {"n_layer": 3, "residual": True, "learning_rate": 3e-3}
+    assert added[4] == {"layer_norm": True}
+    assert (rungs[6]["n_layer"], rungs[6]["n_head"], rungs[6]["n_embd"]) == (6, 6, 384)
+    assert (rungs[6]["batch_size"], rungs[6]["block_size"], rungs[6]["dropout"]) == (64, 256, 0.2)
+    assert {(rung["batch_size"], rung["block_size"]) for rung in rungs[:6]} == {(32, 8)}
+    assert {rung["max_iters"] for rung in rungs} == {5000}
 
 
 def test_gpt2_124m_divides_among_8_gpus(monkeypatch):

@@ -3,8 +3,13 @@
 import http.server
 import threading
 
+import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, command, losses
+
+import sample
+import train
 
 SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare"
 
@@ -19,6 +24,30 @@ def test_own_text_prepare_train_sample(folder):
     assert losses(trained.stdout)[150][1] < 0.5
     said = command("sample.py", "--out_dir=out/mine", "--start=Wär ich", "--temperature=0", "--max_new_tokens=24")
     assert said.stdout == "Wär ich ein Vöglein, flög ich z\n"
+
+
+def rungs():
+    return [path.name for path in sorted((REPOSITORY / "config" / "lecture").glob("*.py"))]
+
+
+def test_the_bigram_model_learns_the_counts(dataset):
+    """The only model here with an exact answer: the cross-entropy of the relative frequencies of the pairs."""
+    train.main(["config/lecture/1_bigram.py", "--block_size=64", "--max_iters=2000", "--device=cpu"])
+    content = torch.load("out/lecture/1_bigram/ckpt.pt", weights_only=True)
+    ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
+    counts = torch.zeros(21, 21).index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1), accumulate=True)
+    truth = -(counts / counts.sum(1, keepdim=True)).log()[ids[:-1], ids[1:]].mean().item()
+    _, loss = train.model_of(content, "ckpt.pt")(ids[None, :-1], ids[None, 1:])
+    assert truth <= loss.item() <= truth + 0.01
+
+
+@pytest.mark.parametrize("rung", rungs())
+def test_every_rung_of_the_lecture_learns_and_writes_past_its_context(dataset, capsys, rung):
+    train.main([f"config/lecture/{rung}", "--max_iters=4", "--batch_size=4", "--warmup_iters=1", "--device=cpu"])
+    found = losses(capsys.readouterr().out)
+    assert found[4][1] < found[0][1]
+    sample.main([f"--out_dir=out/lecture/{rung.removesuffix('.py')}", "--start=the king", "--max_new_tokens=30"])
+    assert len(capsys.readouterr().out) == 8 + 30 + 1
 
 
 def test_no_network_at_all_trains_on_the_standard_library(folder):
