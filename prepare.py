@@ -63,8 +63,8 @@ def prepare(config: PrepareConfig) -> None:
     """Fetch the text and write the dataset; meta.json comes last, so a folder that has one is complete."""
     folder = dataset_folder(config.dataset)
     source = fetch(config, folder / "input.txt")
-    (folder / "meta.json").unlink(missing_ok=True)
     tokenizer, n_tokens, sha256 = survey(folder / "input.txt")
+    (folder / "meta.json").unlink(missing_ok=True)
     n_train = int(n_tokens * (1 - config.val_fraction))
     encode_file(tokenizer, folder / "input.txt", n_train)
     counts = {"train_tokens": n_train, "val_tokens": n_tokens - n_train}
@@ -132,8 +132,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             problem = str(error)
             break
     raise UserError(
-        f"cannot download {url}: {problem}. Three ways on: put the file at {path}; or --input=FILE; "
-        "or, with no network at all, python train.py config/stdlib_char.py"
+        f"cannot download {url}: {problem}. Three ways on: put the file at {path}; or python prepare.py "
+        "--input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
     )
 
 
@@ -252,9 +252,9 @@ class CharTokenizer:
 
 
 def tokenizer_of(facts: dict) -> CharTokenizer:
-    """The tokenizer that meta.json or a checkpoint describes. Raises ValueError for one that is unknown or damaged."""
+    """The tokenizer that meta.json or a checkpoint describes. Raises UserError if unknown, ValueError if damaged."""
     if facts["tokenizer"] != "char":
-        raise ValueError(f"unknown tokenizer {facts['tokenizer']!r}; there is 'char'")
+        raise UserError(f"tokenizer {facts['tokenizer']!r} is not supported; there is 'char'")
     chars = facts["chars"]
     if not isinstance(chars, str) or not len(set(chars)) == len(chars) == facts["vocab_size"]:
         raise ValueError("chars must be as many different characters as vocab_size says")

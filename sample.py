@@ -23,7 +23,9 @@ class SampleConfig:
     """Continue a text with a trained model."""
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
-    start: str = key("\n", "the text to continue, or FILE:path of one")
+    start: str | None = key(
+        None, "the text to continue, or FILE:path of one; None: a line break, or what comes closest"
+    )
     num_samples: int = key(1, "continuations, generated as one batch")
     max_new_tokens: int = key(500, "tokens in each of them")
     temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
@@ -76,16 +78,20 @@ def find_checkpoint(out_dir: Path) -> Path:
     for path in (out_dir / "best.pt", out_dir / "ckpt.pt"):
         if path.exists():
             return path
-    raise ConfigError(f"there is no checkpoint in {out_dir}; python train.py --out_dir={out_dir} makes one")
+    others = sorted({path.parent.as_posix() for path in Path("out").rglob("*.pt")})
+    hint = f"there is one in {', '.join(others)}" if others else "python train.py makes one"
+    raise ConfigError(f"there is no checkpoint in {out_dir}; {hint}")
 
 
-def prompt(start: str, tokenizer: CharTokenizer) -> np.ndarray:
+def prompt(start: str | None, tokenizer: CharTokenizer) -> np.ndarray:
     """Token ids (T,) of the text to continue. Raises ConfigError for one that cannot be read."""
+    if start is None:
+        return np.array([max(tokenizer.chars.find("\n"), 0)])
     if start.startswith("FILE:"):
         try:
             start = Path(start.removeprefix("FILE:")).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--start: {error}") from None
+            raise ConfigError(f"--start={start}: {error}") from None
     if not start:
         raise ConfigError("--start is empty: the model needs at least one token to continue")
     try:

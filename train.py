@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
+import re
 import shutil
 import sys
 import time
@@ -103,6 +105,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
         dataset_folder(self.dataset)
         self.model_config(vocab_size=1)
 
@@ -214,7 +218,8 @@ class Tokens:
         self.path = dataset_folder(config.dataset) / f"{split}.bin"
         if len(ids) <= config.block_size:
             raise UserError(
-                f"{self.path} has {len(ids)} tokens: too few for block_size {config.block_size} and a target"
+                f"{self.path} has {len(ids)} tokens, too few for block_size {config.block_size} and a target: "
+                "lower --block_size or prepare a longer text"
             )
         self.vocab_size = meta["vocab_size"]
         self.device = device
@@ -430,8 +435,13 @@ def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageMode
 
 
 def unusable(path: Path, error: Exception) -> UserError:
-    first_line = str(error).splitlines()[0] if str(error) else ""
-    return UserError(f"{path} is not a usable checkpoint: {type(error).__name__}: {first_line}")
+    reason = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code
+        reason = "it holds more than tensors and plain values"
+    return UserError(
+        f"{path} is not a usable checkpoint ({type(error).__name__}: {reason}); bring back a copy of it, "
+        "or start over with train.py --init_from=scratch"
+    )
 
 
 def changes(old: dict, new: dict) -> str:
@@ -584,9 +594,9 @@ class Log:
         """The rows that a run resumed at `step` keeps: whole ones, of steps that it will not take again."""
         if step == 0 or not self.path.exists():
             return []
-        rows = self.path.read_text().splitlines(keepends=True)[1:]
-        whole = [row for row in rows if row.endswith("\n") and row.count(",") == len(self.COLUMNS) - 1]
-        return [row for row in whole if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
+        rows = self.path.read_text(errors="replace").splitlines(keepends=True)
+        whole = [row for row in rows if re.fullmatch(r"\d+,\d+(\.\d+)?(,[^,]*){6}\n", row)]
+        return [row for row in whole if int(row.split(",")[0]) <= step]
 
     def restart_clock(self, step: int) -> None:
         """Measure speed from here on."""

@@ -47,8 +47,8 @@ def read(schema: type[T], argv: list[str]) -> T:
     values = {}
     for word in rest:
         if word.startswith("-"):
-            name = word.lstrip("-").partition("=")[0]
-            raise ConfigError(f"unknown key --{name}{did_you_mean(name, keys, '--')}; --help lists them all")
+            name = word.partition("=")[0]
+            raise ConfigError(f"unknown key {name}{did_you_mean(name.lstrip('-'), keys, '--')}; --help lists them all")
         values |= recipe(word, keys)
     for name, text in vars(options).items():
         values[name] = convert(text, keys[name], f"--{name}")
@@ -84,6 +84,8 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
 
     `_after = "NAME.py"` names the recipe beside it that it starts from.
     """
+    if not path.endswith(".py"):
+        raise ConfigError(f"{path} is neither --key=value nor a recipe (NAME.py)")
     if not Path(path).is_file():
         recipes = [file.as_posix() for file in Path("config").rglob("*.py") if file.name != "__init__.py"]
         raise ConfigError(f"there is no recipe {path}{did_you_mean(path, recipes)}")
@@ -153,6 +155,10 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: out of memory; try a smaller batch, model or context")
     except (UserError, OSError) as error:
         # Under torchrun all processes of a machine come to the same UserError: one line will do.
         if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":

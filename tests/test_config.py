@@ -94,7 +94,7 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["--sise=7"], "unknown key --sise, did you mean --size?; --help lists them all"),
         (["--xyzzy=7"], "unknown key --xyzzy; --help lists them all"),
         (["--siz=7"], "unknown key --siz, did you mean --size?; --help lists them all"),
-        (["-size=7"], "unknown key --size, did you mean --size?; --help lists them all"),
+        (["-size=7"], "unknown key -size, did you mean --size?; --help lists them all"),
         (["--size"], "--size: expected one argument"),
         (["--size=big"], "--size must be a whole number, found 'big'"),
         (["--size=6.0"], "--size must be a whole number, found '6.0'"),
@@ -105,7 +105,8 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["--compile=maybe"], "--compile must be auto or True/False, found 'maybe'"),
         (["--size=-1"], "size must be at least 0, found -1"),
         (["nothing.py"], "there is no recipe nothing.py"),
-        (["config"], "there is no recipe config"),
+        (["config"], "config is neither --key=value nor a recipe (NAME.py)"),
+        (["size=3"], "size=3 is neither --key=value nor a recipe (NAME.py)"),
         (["shakespeare_char.py"], "there is no recipe shakespeare_char.py, did you mean config/shakespeare_char.py?"),
     ],
 )
@@ -156,6 +157,14 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, program):
     assert ended.stderr == f"{program}: unknown key --nonsense; --help lists them all\n"
 
 
+def test_out_of_memory_is_one_line_and_status_1(folder):
+    (folder / "data" / "shakespeare_char").mkdir(parents=True)
+    (folder / "data" / "shakespeare_char" / "input.txt").write_text("To be, or not to be. " * 500)
+    ended = command("train.py", "--n_embd=6000000000", "--n_layer=1", "--device=cpu")
+    assert ended.returncode == 1
+    assert ended.stderr == "train.py: out of memory; try a smaller batch, model or context\n"
+
+
 def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     recipes = [path for path in sorted(Path("config").rglob("*.py")) if path.name != "__init__.py"]
@@ -178,7 +187,7 @@ def test_each_rung_of_the_lecture_adds_its_idea_to_the_last(monkeypatch):
     assert added[0] == {"model": "gpt", "learning_rate": 1e-2, **one_head}
     assert added[1] == {"n_head": 4}
     assert added[2] == {"feed_forward": True}
-    assert added[3] == {"n_layer": 3, "residual": True, "learning_rate": 3e-3}
+    assert added[3] == {"n_layer": 3, "residual": True, "learning_rate": 5e-3}
     assert added[4] == {"layer_norm": True}
     assert (rungs[6]["n_layer"], rungs[6]["n_head"], rungs[6]["n_embd"]) == (6, 6, 384)
     assert (rungs[6]["batch_size"], rungs[6]["block_size"], rungs[6]["dropout"]) == (64, 256, 0.2)

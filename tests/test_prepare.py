@@ -172,7 +172,7 @@ def test_an_empty_text_is_refused(folder):
         prepare.main(["--dataset=mine", "--input=my.txt"])
 
 
-def test_preparing_again_replaces_all_and_a_failure_leaves_no_complete_folder(folder):
+def test_preparing_again_replaces_all_and_a_bad_text_leaves_the_old_tokens(folder):
     (folder / "my.txt").write_text("abc" * 100)
     prepare.main(["--dataset=mine", "--input=my.txt"])
     (folder / "my.txt").write_text("xyz" * 50)
@@ -180,6 +180,15 @@ def test_preparing_again_replaces_all_and_a_failure_leaves_no_complete_folder(fo
     assert decoded("mine") == "xyz" * 50
     (folder / "my.txt").write_bytes(b"\xff")
     with pytest.raises(UserError):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert decoded("mine") == "xyz" * 50
+
+
+def test_a_folder_with_meta_json_is_complete(folder, monkeypatch):
+    (folder / "my.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    monkeypatch.setattr(prepare, "encode_file", lambda *_: 1 / 0)  # dies between the old tokens and the new ones
+    with pytest.raises(ZeroDivisionError):
         prepare.main(["--dataset=mine", "--input=my.txt"])
     assert "data/mine/meta.json" not in files(folder)
 
@@ -332,7 +341,7 @@ def test_a_failed_download_says_why_names_three_ways_on_and_leaves_nothing(
     message = str(error.value)
     assert message.startswith(f"cannot download {server.url}: {problem}")
     assert message.endswith(
-        ". Three ways on: put the file at data/shakespeare_char/input.txt; or --input=FILE; "
+        ". Three ways on: put the file at data/shakespeare_char/input.txt; or python prepare.py --input=FILE; "
         "or, with no network at all, python train.py config/stdlib_char.py"
     )
     assert server.requests == attempts

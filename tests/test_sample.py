@@ -110,9 +110,12 @@ def test_samples_go_past_the_context(dataset, capsys, model):
     [
         (["--start=king#1"], "--start: character '#' at position 4 is not in the vocabulary"),
         (["--start="], "--start is empty: the model needs at least one token to continue"),
-        (["--start=FILE:nowhere"], "--start: [Errno 2] No such file or directory: 'nowhere'"),
-        (["--start=FILE:noise"], "--start: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-        (["--out_dir=nowhere"], "there is no checkpoint in nowhere; python train.py --out_dir=nowhere makes one"),
+        (["--start=FILE:nowhere"], "--start=FILE:nowhere: [Errno 2] No such file or directory: 'nowhere'"),
+        (
+            ["--start=FILE:noise"],
+            "--start=FILE:noise: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+        ),
+        (["--out_dir=nowhere"], "there is no checkpoint in nowhere; there is one in out"),
         (["--num_samples=0"], "num_samples must be at least 1, found 0"),
         (["--top_k=0"], "top_k must be at least 1, found 0"),
         (["--top_p=0"], "top_p must be above 0 and at most 1, found 0.0"),
@@ -132,7 +135,6 @@ def test_mistakes(trained, arguments, message):
 @pytest.mark.parametrize(
     ("tokenizer", "problem"),
     [
-        ({"tokenizer": "gpt2", "vocab_size": 50257}, "ValueError: unknown tokenizer 'gpt2'; there is 'char'"),
         ({"tokenizer": "char", "vocab_size": 2, "chars": "ab"}, "ValueError: 2 characters for a vocabulary of 21"),
         ({"tokenizer": "char", "vocab_size": 21, "chars": "ab"}, "ValueError: chars must be as many different"),
         ({"tokenizer": "char"}, "KeyError: 'chars'"),
@@ -143,7 +145,7 @@ def test_a_checkpoint_with_a_wrong_tokenizer_is_refused(trained, tokenizer, prob
     torch.save(checkpoint("out/best.pt") | {"tokenizer": tokenizer}, "out/best.pt")
     with pytest.raises(UserError) as error:
         sample.main([])
-    assert str(error.value).startswith(f"out/best.pt is not a usable checkpoint: {problem}")
+    assert str(error.value).startswith(f"out/best.pt is not a usable checkpoint ({problem}")
 
 
 def test_samples_alone_are_on_stdout(trained):
@@ -151,6 +153,23 @@ def test_samples_alone_are_on_stdout(trained):
     assert ended.returncode == 0
     assert len(ended.stdout) == 14
     assert ended.stderr == ""
+
+
+def test_a_tokenizer_that_is_not_supported_is_named(trained):
+    tokenizer = {"tokenizer": "gpt2", "vocab_size": 50257}
+    torch.save(checkpoint("out/best.pt") | {"tokenizer": tokenizer}, "out/best.pt")
+    with pytest.raises(UserError, match=r"^tokenizer 'gpt2' is not supported; there is 'char'$"):
+        sample.main([])
+
+
+def test_without_a_prompt_a_vocabulary_without_line_breaks_will_do(trained, capsys):
+    assert "\n" not in checkpoint()["tokenizer"]["chars"]
+    assert len(say(capsys)) == 1 + 40 + 1
+
+
+def test_without_any_checkpoint_training_is_named(folder):
+    with pytest.raises(ConfigError, match=r"^there is no checkpoint in out; python train\.py makes one$"):
+        sample.main([])
 
 
 def test_any_character_can_be_printed_and_a_closed_pipe_is_quiet(folder):

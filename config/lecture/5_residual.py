@@ -6,4 +6,4 @@ out_dir = "out/lecture/5_residual"
 n_layer = 3
 residual = True
 
-learning_rate = 3e-3  # deeper networks want smaller steps
+learning_rate = 5e-3  # deeper networks want smaller steps
