@@ -129,6 +129,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        # Residual: x goes on beside what is added to it. Pre-norm: what a part reads is normalized, not x itself.
         x = (x if self.residual else 0) + self.dropout(self.attn(self.ln_1(x), cache))
         if self.mlp is not None:
             x = (x if self.residual else 0) + self.dropout(self.mlp(self.ln_2(x)))
@@ -155,8 +156,8 @@ class LanguageModel(nn.Module):
         """Normal weights of std 0.02, as in GPT-2, whose smallest model has 768 channels.
 
         Narrower blocks get larger ones, so that a sum over fewer channels is as large: 1500 steps of
-        config/shakespeare_char_cpu.py, 128 channels wide, ended at loss 1.617 instead of 1.637. Weights that end a
-        residual branch are divided by sqrt(2 n_layer), for that many branches add up (GPT-2, section 2.3).
+        config/shakespeare_char_cpu.py, 128 channels wide, ended at loss 1.617 instead of 1.637. Weights that end
+        a block's parts are divided by sqrt(2 n_layer), for that many add up on the residual path (GPT-2, section 2.3).
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -209,7 +210,7 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            window = unread = idx[:, -block_size:]  # cropped: there are no positions beyond block_size
+            window = unread = idx[:, -block_size:]  # crop: no embedding of a position beyond block_size
             caches = self.new_caches()
             for _ in range(max_new_tokens):
                 if window.size(1) > block_size:

@@ -244,7 +244,7 @@ class Tokens:
         if not self.in_memory:
             self.check(rows.max().item())
             rows = send(rows, self.device)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1], rows[:, 1:]  # shifted by one: every position predicts the token after it
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -106,7 +106,10 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
         name = min(unknown)
         raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys)}")
     values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
-    before = recipe(str(Path(path).with_name(names["_after"])), keys) if "_after" in names else {}
+    try:
+        before = recipe(str(Path(path).with_name(names["_after"])), keys) if "_after" in names else {}
+    except (TypeError, ValueError, RecursionError):
+        raise ConfigError(f"{path}: _after must name another recipe beside it, found {names['_after']!r}") from None
     return before | values
 
 
@@ -156,7 +159,8 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        out_of_memory = ("out of memory", "allocate memory")  # in torch's words for a GPU, for a CPU
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in out_of_memory):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: out of memory; try a smaller batch, model or context")
     except (UserError, OSError) as error:

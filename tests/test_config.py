@@ -131,6 +131,8 @@ def test_mistakes_in_the_command(folder, argv, message):
         ("import nowhere", "recipe.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
         ("size = [6]", "recipe.py: size must be a whole number, found [6]"),
         ("other = 5\nanother = 6", "recipe.py: unknown key another"),
+        ("_after = 3", "recipe.py: _after must name another recipe beside it, found 3"),
+        ("_after = 'recipe.py'", "recipe.py: _after must name another recipe beside it, found 'recipe.py'"),
     ],
 )
 def test_mistakes_in_a_recipe(folder, text, message):

@@ -1,6 +1,7 @@
 """The three programs one after another, as a user types them."""
 
 import http.server
+import os
 import threading
 
 import numpy as np
@@ -30,20 +31,53 @@ def rungs():
     return [path.name for path in sorted((REPOSITORY / "config" / "lecture").glob("*.py"))]
 
 
-def test_the_bigram_model_learns_the_counts(dataset):
-    """The only model here with an exact answer: the cross-entropy of the relative frequencies of the pairs."""
-    train.main(["config/lecture/1_bigram.py", "--block_size=64", "--max_iters=2000", "--device=cpu"])
+def bigram_losses(dataset):
+    """On the training split: that of the relative frequencies of the pairs, and that of the trained table."""
     content = torch.load("out/lecture/1_bigram/ckpt.pt", weights_only=True)
     ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
-    counts = torch.zeros(21, 21).index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1), accumulate=True)
+    counts = torch.zeros(65, 65, dtype=torch.float64)
+    counts.index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1, dtype=torch.float64), accumulate=True)
     truth = -(counts / counts.sum(1, keepdim=True)).log()[ids[:-1], ids[1:]].mean().item()
-    _, loss = train.model_of(content, "ckpt.pt")(ids[None, :-1], ids[None, 1:])
-    assert truth <= loss.item() <= truth + 0.01
+    return truth, train.model_of(content, "ckpt.pt")(ids[None, :-1], ids[None, 1:])[1].item()
+
+
+def test_the_bigram_model_learns_the_counts(dataset):
+    """The only model here with an exact answer."""
+    train.main(["config/lecture/1_bigram.py", "--block_size=64", "--max_iters=2000", "--device=cpu"])
+    truth, loss = bigram_losses(dataset)
+    assert truth <= loss <= truth + 0.01
+
+
+LADDER = {
+    "1_bigram": 2.50,
+    "2_self_attention": 2.41,
+    "3_multi_head": 2.29,
+    "4_feed_forward": 2.27,
+    "5_residual": 2.10,
+    "6_layer_norm": 2.08,
+}
+
+
+@pytest.mark.skipif(
+    "LADDER" not in os.environ or not SHAKESPEARE.exists(),
+    reason="three minutes; LADDER=1, with the real text, runs it",
+)
+def test_the_ladder_goes_down_to_its_limits(folder, capsys):
+    assert command("prepare.py", f"--input={SHAKESPEARE / 'input.txt'}").returncode == 0
+    found = []
+    for rung, limit in LADDER.items():
+        train.main([f"config/lecture/{rung}.py"])
+        found.append(losses(capsys.readouterr().out)[5000][1])
+        assert found[-1] <= limit
+    assert found == sorted(set(found), reverse=True)
+    truth, loss = bigram_losses(folder / "data" / "shakespeare_char")
+    assert truth <= loss <= truth + 0.01
 
 
 @pytest.mark.parametrize("rung", rungs())
 def test_every_rung_of_the_lecture_learns_and_writes_past_its_context(dataset, capsys, rung):
-    train.main([f"config/lecture/{rung}", "--max_iters=4", "--batch_size=4", "--warmup_iters=1", "--device=cpu"])
+    short = ["--max_iters=4", "--batch_size=4", "--block_size=8", "--warmup_iters=1", "--device=cpu"]
+    train.main([f"config/lecture/{rung}", *short])
     found = losses(capsys.readouterr().out)
     assert found[4][1] < found[0][1]
     sample.main([f"--out_dir=out/lecture/{rung.removesuffix('.py')}", "--start=the king", "--max_new_tokens=30"])

@@ -1,5 +1,6 @@
 # A table of bigrams: row i holds the logits of what follows character i, and nothing else is known. Guessing costs
-# ln 65 = 4.17; which pairs are common brings the loss to 2.5, and no model that sees one character gets lower.
+# ln 65 = 4.17; knowing which pairs are common brings the loss to 2.49. On the training text no model that sees only one
+# character can get below 2.452, the cross-entropy of the counted pairs.
 out_dir = "out/lecture/1_bigram"
 
 model = "bigram"
@@ -8,9 +9,9 @@ batch_size = 32
 dropout = 0.0
 
 max_iters = 5000
-learning_rate = 0.05  # a table can take large steps: no weight depends on another row's
+learning_rate = 0.05  # large steps are safe: each row is a problem of its own, and convex
 min_lr = 0.0
 weight_decay = 0.03  # keeps pairs that never occurred from becoming impossible
 eval_interval = 5000
 log_interval = 500
-dtype = "float32"  # so small that rounding would cost time, not save it
+dtype = "float32"  # so small that casting to bfloat16 would cost more time than it saves

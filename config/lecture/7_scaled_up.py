@@ -1,5 +1,5 @@
 # The same model, larger: 384 wide, 6 heads, 6 blocks, a context of 256, and dropout, since it could now learn the text
-# by heart. For a GPU. Not measured yet; the lecture reports 1.48.
+# by heart. For a GPU. Not measured yet; followers of the lecture report 1.48.
 _after = "6_layer_norm.py"
 out_dir = "out/lecture/7_scaled_up"
 
