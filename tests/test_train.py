@@ -577,6 +577,40 @@ def test_a_terminal_shows_progress_in_one_line(dataset, capsys, monkeypatch):
     assert sum(line.startswith("step 10: train loss") for line in last_of_lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("Some Other Card", None),
+    ],
+)
+def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monkeypatch, card, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: card)
+    process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
+    settings = config()
+    with train.Log(settings, train.State(GPT(settings.model_config(5)), None, None, {}), process) as log:
+        log.progress(1, 2.0, 1.0)
+    [row] = rows()
+    assert train.peak_flops(process) == peak
+    assert ("| mfu " in capsys.readouterr().out) == (peak is not None)
+    if peak:
+        flops = train.flops_per_token(GPT(settings.model_config(5)), 16)
+        assert float(row["mfu"]) == pytest.approx(flops * float(row["tokens_per_second"]) / peak, rel=1e-4)
+
+
+def test_machines_that_see_different_checkpoints_are_refused(dataset, monkeypatch):
+    train_here()
+    monkeypatch.setattr(Process, "from_rank_0", lambda self, make: (step := make()) and (step if step != 20 else None))
+    with pytest.raises(
+        UserError, match=r"^out/ckpt.pt is not the same on every machine: all must see the same folder$"
+    ):
+        train_here(max_iters=30)
+
+
 def test_flops_are_six_a_weight_and_twelve_t_c_an_attention():
     settings = TrainConfig()
     model = GPT(settings.model_config(65))
