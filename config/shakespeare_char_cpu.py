@@ -9,7 +9,7 @@ block_size = 64
 dropout = 0.0
 
 batch_size = 48
-max_iters = 1300
+max_iters = 1750
 learning_rate = 5e-3  # 8e-3 ended 0.02 higher
 min_lr = 0.0
-eval_interval = 650
+eval_interval = 250

@@ -10,8 +10,8 @@ block_size = 64
 dropout = 0.0
 
 batch_size = 48
-max_iters = 1300
+max_iters = 1750
 learning_rate = 5e-3
 min_lr = 0.0
-eval_interval = 650
+eval_interval = 250
 eval_iters = 40

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Bigram, GPTConfig, sample_token
+from model import GPT, Bigram, GPTConfig, dropout, sample_token
 
 SMALL = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 REFERENCE = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False}
@@ -74,7 +74,9 @@ def test_forward_equals_the_transformer_written_out(gpt, idx):
     torch.testing.assert_close(gpt(idx)[0], written_out(gpt, idx), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_training_stays_close_to_float32(gpt, idx):
+@pytest.mark.parametrize("training", [True, False])
+def test_bfloat16_stays_close_to_float32(training, gpt, idx):
+    gpt.train(training)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = gpt(idx, idx)
     assert loss.dtype == torch.float32
@@ -183,12 +185,51 @@ def test_dropout_acts_in_training_only(idx):
 def test_dropout_acts_on_embeddings_attention_and_residual_branches(place, idx):
     torch.manual_seed(0)
     model = lively(GPT(GPTConfig(**SMALL, dropout=0.5))).train()
-    for name, module in model.named_modules():  # leave it on at one place
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5 if place == ("embeddings" if name == "transformer.drop" else "residual") else 0.0
+    model.config.dropout = 0.5 if place == "embeddings" else 0.0  # leave it on at one place
     for block in model.transformer.h:
+        block.dropout = 0.5 if place == "residual" else 0.0
         block.attn.dropout = 0.5 if place == "attention" else 0.0
     assert not torch.allclose(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.75])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
+    n = 4_000_003  # no multiple of the four values that share a random number
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(n), p)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - p)] if p else [1])
+    error = 5 * math.sqrt(p * (1 - p) / n)  # five standard deviations
+    assert (kept == 0).double().mean().item() == pytest.approx(p, abs=error + 2**-17)
+    for place in range(4):  # each of the four is as random
+        assert (kept[place::4] == 0).double().mean().item() == pytest.approx(p, abs=2 * error + 2**-17)
+    dropped = (kept == 0).double() - p
+    for lag in (1, 2, 3, 4, 64):
+        assert abs((dropped[lag:] * dropped[:-lag]).mean().item()) <= error
+
+
+def test_dropout_drops_gradients_where_it_drops_values_and_repeats_with_the_seed():
+    x = torch.randn(64, 64, requires_grad=True)
+    torch.manual_seed(3)
+    y = dropout(x, 0.5)
+    y.sum().backward()
+    assert torch.equal(x.grad, (y != 0) * 2.0)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.5), y)
+    assert not torch.equal(dropout(x, 0.5), y)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_the_attention_of_cpu_training_equals_the_fused_one(parts, idx):
+    torch.manual_seed(0)
+    model = lively(GPT(GPTConfig(**SMALL | parts)))
+    gradients = []
+    for mode in (True, False):
+        model.train(mode).zero_grad()
+        logits, loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        gradients.append([logits, loss, *(parameter.grad.clone() for parameter in model.parameters())])
+    for written, fused in zip(*gradients, strict=True):
+        assert (written - fused).norm() <= 1e-4 * fused.norm()
 
 
 def test_text_longer_than_block_size_is_refused(gpt):

@@ -1,3 +1,4 @@
+import copy
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import prepare
 import sample
 import train
 from config import ConfigError, UserError
+from model import GPT, GPTConfig
 from prepare import CharTokenizer
 
 
@@ -46,6 +48,22 @@ def test_the_text_is_what_generate_says(trained, capsys):
         capsys, "--start=the king", "--num_samples=3", "--temperature=0.9", "--top_k=5", "--top_p=0.95", "--seed=7"
     )
     assert text == "\n---------------\n".join(tokenizer.decode(row.numpy()) for row in expected) + "\n"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_the_same(bias):
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(65, block_size=32, n_layer=2, n_head=2, n_embd=64, bias=bias))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    packed = copy.deepcopy(plain)
+    sample.pack(packed)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    for shape in ((1, 1), (1, 32), (10, 7)):
+        idx = torch.randint(65, shape)
+        torch.testing.assert_close(packed(idx)[0], plain(idx)[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(packed.generate(idx, 60, temperature=0), plain.generate(idx, 60, temperature=0))
 
 
 def test_the_same_seed_gives_the_same_text(trained, capsys):

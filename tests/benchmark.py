@@ -1,0 +1,361 @@
+"""How fast it is, against what this machine can do and, where you have a checkout of it, against nanoGPT.
+
+    python tests/benchmark.py                                         ten minutes on two cores
+    python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
+
+For a machine with nothing else to do: it measures on the CPU, in turns, and ends with tables. A figure is the median of
+its repeats, with the lowest and highest; then how many times as long the others take. Where `transformers` is installed,
+it is timed too.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import train  # noqa: E402
+from config import read  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from sample import pack  # noqa: E402
+
+REFERENCE = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
+BATCH = 64
+# nanoGPT's own recipe for a machine without a GPU, from its README at commit 3adf61e.
+PEER_RECIPE = [
+    "train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20",
+    "--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
+    "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+]  # fmt: skip
+
+
+@dataclass
+class Row:
+    """Seconds of the same work, here and elsewhere; with an amount of it, shown as so many units a second."""
+
+    work: str
+    here: list[float]
+    peer: list[float] = field(default_factory=list)
+    transformers: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    amount: float | None = None
+    unit: str = "s"
+
+    def cells(self) -> list[str]:
+        others = (self.peer, self.transformers, self.limit)
+        return [self.work, self.figure(self.here), *(self.figure(s) + self.times(s) for s in others)]
+
+    def figure(self, seconds: list[float]) -> str:
+        figures = sorted(self.amount / s if self.amount else s for s in seconds)
+        spread = f" ({figures[0]:.3g} to {figures[-1]:.3g})" if len(figures) > 1 else ""
+        return f"{statistics.median(figures):.3g} {self.unit}{spread}" if figures else ""
+
+    def times(self, seconds: list[float]) -> str:
+        """How many times as long it takes there."""
+        return f": {statistics.median(seconds) / statistics.median(self.here):.2f}x" if seconds else ""
+
+
+@dataclass
+class Bench:
+    """What every part measures with."""
+
+    repeats: int
+    scratch: Path
+    flops: float  # a second, in a large matrix product of bfloat16
+    bandwidth: float  # bytes a second, read from memory
+    peer: Path | None = None  # a copy of nanoGPT's folder, with the text prepared
+
+    def row(
+        self, work: str, here: Callable, peer: Callable | None = None, other: Callable | None = None, **facts
+    ) -> Row:
+        """Time the works in turns, so that a slow minute of the machine meets all of them."""
+        works = [work for work in (here, peer, other) if work]
+        for once in works:
+            once()
+        seconds = {once: [] for once in works}
+        for _ in range(self.repeats):
+            for once in works:
+                seconds[once].append(seconds_of(once))
+        row = Row(work, seconds[here], seconds.get(peer, []), seconds.get(other, []), **facts)
+        print("  " + ", ".join(cell for cell in row.cells() if cell), flush=True)
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT; a copy of it is run")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help="some of %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="of all but the trainings to a loss (%(default)s)")
+    options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - PARTS.keys():
+        parser.error(f"--only: there is no {', '.join(unknown)}; there is {', '.join(PARTS)}")
+    if options.peer and not (options.peer / "model.py").exists():
+        parser.error(f"--peer: there is no {options.peer / 'model.py'}")
+    torch.manual_seed(0)
+    train.prepared_dataset("shakespeare_char", process_here())
+    hardware = f"{torch.get_num_threads()} threads on {cpu_name()}, torch {torch.__version__}"
+    print(hardware)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options.repeats, Path(scratch), *limits())
+        if options.peer:
+            bench.peer = prepared_peer(options.peer, bench.scratch)
+        rows = []
+        for part in options.only.split(","):
+            print(f"{part}:", flush=True)
+            rows += PARTS[part](bench)
+    print(f"\n{hardware}\n\n| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {' | '.join(row.cells())} |")
+
+
+def cpu_name() -> str:
+    facts = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else None
+    return found[1] if found else "an unknown CPU"
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def limits() -> tuple[float, float]:
+    """FLOP/s of a matrix product in bfloat16 and bytes a second read from memory, each the best of ten."""
+    flops = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048, dtype=dtype)
+        flops.append(2 * 2048**3 / min(seconds_of(lambda a=a: a @ a) for _ in range(10)))
+    memory = torch.ones(2**28)
+    bandwidth = memory.nbytes / min(seconds_of(memory.sum) for _ in range(10))
+    print(
+        f"limits: {flops[1] / 1e9:.0f} GFLOP/s in a bfloat16 matrix product, {flops[0] / 1e9:.0f} in float32; "
+        f"{bandwidth / 1e9:.0f} GB/s read from memory"
+    )
+    return flops[1], bandwidth
+
+
+def process_here() -> train.Process:
+    return train.join_processes(train.TrainConfig(device="cpu"))
+
+
+# nanoGPT
+
+
+def prepared_peer(folder: Path, scratch: Path) -> Path:
+    """A copy of nanoGPT's folder, with our text prepared by its own script."""
+    copy = Path(shutil.copytree(folder, scratch / "peer", ignore=shutil.ignore_patterns(".git", "out*", "*.bin")))
+    prepare_as_peer(copy, Path("data/shakespeare_char/input.txt"))
+    return copy
+
+
+def prepare_as_peer(peer: Path, text: Path) -> None:
+    folder = peer / "data" / "shakespeare_char"
+    shutil.copy(text, folder / "input.txt")
+    subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def peer_model(peer: Path) -> torch.nn.Module:
+    spec = importlib.util.spec_from_file_location("peer_model", peer / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peer_model"] = module
+    spec.loader.exec_module(module)
+    shape = {name: value for name, value in asdict(REFERENCE).items() if name in module.GPTConfig.__dataclass_fields__}
+    return module.GPT(module.GPTConfig(**shape))
+
+
+# The parts
+
+
+def loss(bench: Bench) -> list[Row]:
+    """Wall time to a validation loss, from process start: import, evaluation, saving, all of it."""
+    recipe = REPOSITORY / "config" / "shakespeare_char_cpu.py"
+    argv = [str(REPOSITORY / "train.py"), str(recipe), "--device=cpu", f"--out_dir={bench.scratch / 'loss'}"]
+    here = evaluations([*argv, "--eval_interval=125"], Path.cwd())
+    if not bench.peer:
+        return [Row(f"training to validation loss {here[-1][1]:.4f}", [here[-1][0]])]
+    peer = evaluations(PEER_RECIPE, bench.peer)
+    seconds, target = peer[-1]
+    within = min(loss for at, loss in here if at <= seconds)
+    passed = min(at for at, loss in here if loss <= target)
+    return [
+        Row(f"training to validation loss {target:.4f}, nanoGPT's last", [passed], [seconds]),
+        Row(f"training to {here[-1][1]:.4f}; {within:.4f} within nanoGPT's time", [here[-1][0]]),
+    ]
+
+
+def evaluations(argv: list[str], folder: Path) -> list[tuple[float, float]]:
+    """Run a training: (seconds since its start, validation loss) at each evaluation."""
+    start, found = time.perf_counter(), []
+    with subprocess.Popen([sys.executable, "-u", *argv], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if evaluation := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
+                found.append((time.perf_counter() - start, float(evaluation[1])))
+                print("  {:.1f} s: {:.4f}".format(*found[-1]), flush=True)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(argv)} ended with status {process.returncode}")
+    return found
+
+
+def step(bench: Bench) -> list[Row]:
+    """An optimizer step of the reference model: 64 sequences of 256 tokens, in 4 micro-batches."""
+    peer = peer_step(bench.peer) if bench.peer else None
+    flops = train.flops_per_token(GPT(REFERENCE), REFERENCE.block_size) * BATCH * REFERENCE.block_size
+    limit = [flops / bench.flops]
+    return [
+        bench.row("training step, reference model, 16,384 tokens", our_step(), peer, limit=limit),
+        bench.row("the same with dropout 0.2", our_step(dropout=0.2), limit=limit),
+    ]
+
+
+def our_step(**settings: object) -> Callable[[], None]:
+    settings = {"dropout": 0.0, "gradient_accumulation_steps": 4, "init_from": "scratch"} | settings
+    config = read(train.TrainConfig, [f"--{name}={value}" for name, value in settings.items()])
+    process = process_here()
+    meta = train.load_meta(config.dataset)
+    tokens, state = train.Tokens("train", meta, config, process.device), train.initial_state(config, meta, process)
+
+    def take() -> None:
+        train.train_step(state.model, state, tokens, config, process)
+        state.step += 1
+
+    return take
+
+
+def peer_step(peer: Path) -> Callable[[], None]:
+    model = peer_model(peer)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+
+    def take() -> None:
+        for _ in range(4):
+            x = torch.randint(REFERENCE.vocab_size, (BATCH // 4, REFERENCE.block_size))
+            (model(x, x)[1] / 4).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
+
+
+def sample(bench: Bench) -> list[Row]:
+    """500 tokens from the reference model, one text and ten at once, its window of 256 tokens sliding."""
+    model = GPT(REFERENCE)
+    n_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
+    pack(model)
+    peer = peer_model(bench.peer).eval() if bench.peer else None
+    hf = transformers_model()
+    rows = []
+    for n in (1, 10):
+        idx = torch.zeros(n, 1, dtype=torch.long)
+        rows.append(
+            bench.row(
+                f"sampling, reference model, {n} x 500 tokens",
+                lambda idx=idx: model.generate(idx, 500, temperature=0.8),
+                peer and (lambda idx=idx: peer.generate(idx, 500, temperature=0.8)),
+                hf and (lambda idx=idx: hf.generate(idx, do_sample=True, max_new_tokens=500, pad_token_id=0)),
+                limit=[500 * n_bytes / bench.bandwidth],  # every token reads every weight once
+                amount=500 * n,
+                unit="tok/s",
+            )
+        )
+    return rows
+
+
+def transformers_model() -> torch.nn.Module | None:
+    """The reference model in transformers, with a context of 512: its window does not slide."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    shape = {"vocab_size": 65, "n_positions": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
+    return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
+
+
+def prepare(bench: Bench, megabytes: int = 100) -> list[Row]:
+    text = made_text(bench, megabytes)
+    return [
+        bench.row(
+            f"prepare.py, {megabytes} MB of text",
+            lambda: prepare_here(bench, text),
+            bench.peer and (lambda: prepare_as_peer(bench.peer, text)),
+            amount=megabytes,
+            unit="MB/s",
+        )
+    ]
+
+
+def made_text(bench: Bench, megabytes: int) -> Path:
+    path = bench.scratch / f"{megabytes}.txt"
+    once = Path("data/shakespeare_char/input.txt").read_bytes()
+    path.write_bytes((once * (1 + megabytes * 10**6 // len(once)))[: megabytes * 10**6])
+    return path
+
+
+def prepare_here(bench: Bench, text: Path) -> int:
+    """Prepare the text in a process of its own; returns its largest memory in bytes, 0 where the system hides it."""
+    program = "import sys, prepare; prepare.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    argv = [sys.executable, "-c", program, "--dataset=made", f"--input={text}"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    status = subprocess.run(argv, cwd=bench.scratch, env=environment, check=True, capture_output=True, text=True).stdout
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(peak[1]) * 1024 if peak else 0
+
+
+def growth(bench: Bench) -> list[Row]:
+    """Each size doubled again and again, the others left alone; prints a table of its own."""
+    base = {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 128,
+        "batch_size": 32,
+        "gradient_accumulation_steps": 1,
+    }
+    works = {
+        f"training step, {name}": {size: our_step(**base | {name: size}) for size in sizes}
+        for name, sizes in {
+            "n_layer": (2, 4, 8),
+            "n_embd": (128, 256, 512),
+            "batch_size": (16, 32, 64),
+            "block_size": (64, 128, 256, 512),
+        }.items()
+    }
+    model = GPT(REFERENCE)
+    pack(model)
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    works["sampling, tokens"] = {n: lambda n=n: model.generate(idx, n) for n in (250, 500, 1000, 2000)}
+    texts = {megabytes: made_text(bench, megabytes) for megabytes in (50, 100, 200, 400)}
+    works["prepare.py, MB of text"] = {
+        megabytes: lambda text=text: prepare_here(bench, text) for megabytes, text in texts.items()
+    }
+    lines = []
+    for what, by_size in works.items():
+        seconds = [statistics.median(bench.row(f"{what} {size}", work).here) for size, work in by_size.items()]
+        factors = ", ".join(f"{after / before:.1f}" for before, after in itertools.pairwise(seconds))
+        lines.append((f"{what} {', '.join(map(str, by_size))}", ", ".join(f"{s:.3g} s" for s in seconds), factors))
+    peaks = ", ".join(f"{prepare_here(bench, text) / 1e6:.0f} MB" for text in texts.values())
+    lines.append(("the same, peak memory", peaks, ""))
+    print("\n| growth | median | from one to the next, times |\n| --- | --- | --- |")
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
+    return []
+
+
+PARTS = {"loss": loss, "step": step, "sample": sample, "prepare": prepare, "growth": growth}
+
+if __name__ == "__main__":
+    main()
