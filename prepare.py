@@ -215,8 +215,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk, say
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -282,21 +284,20 @@ def load_meta(dataset: str) -> dict:
         if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, found {meta['vocab_size']}")
         return meta
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare.py makes it anew") from None
 
 
-def load_tokens(dataset: str, split: str, meta: dict) -> np.ndarray:
-    """The token ids (uint16) of split "train" or "val", mapped from disk and not read yet. Raises UserError."""
+def token_file(dataset: str, split: str, meta: dict) -> tuple[Path, int]:
+    """The file of split "train" or "val" and its number of tokens. Raises UserError if meta.json promises others."""
     path = dataset_folder(dataset) / f"{split}.bin"
-    size = path.stat().st_size
-    if size % TOKEN.itemsize:
-        raise UserError(f"{path} is damaged: {size} bytes are no whole number of uint16 tokens")
-    promised = meta.get(f"{split}_tokens", size // TOKEN.itemsize)
-    if size // TOKEN.itemsize != promised:
-        raise UserError(f"{path} is damaged: it holds {size // TOKEN.itemsize} tokens, meta.json promises {promised}")
-    # Mapped copy-on-write, since torch warns of arrays that cannot be written; an empty file cannot be mapped.
-    return np.memmap(path, TOKEN, mode="c") if size else np.zeros(0, TOKEN)
+    n_tokens, rest = divmod(path.stat().st_size, TOKEN.itemsize)
+    if rest:
+        raise UserError(f"{path} is damaged: {path.stat().st_size} bytes are no whole number of uint16 tokens")
+    promised = meta.get(f"{split}_tokens", n_tokens)
+    if n_tokens != promised:
+        raise UserError(f"{path} is damaged: it holds {n_tokens} tokens, meta.json promises {promised}")
+    return path, n_tokens
 
 
 if __name__ == "__main__":

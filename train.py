@@ -17,15 +17,16 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -35,10 +36,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, UserError, key, read, run
 from model import GPT, Bigram, CausalSelfAttention, GPTConfig, LanguageModel
-from prepare import PrepareConfig, dataset_folder, load_meta, load_tokens, prepare, replacing
+from prepare import TOKEN, PrepareConfig, dataset_folder, load_meta, prepare, replacing, token_file
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two runs apart
+    fcntl = None
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
-SMALL = 2**30  # bytes; a split below this lives on the device
+CHECKPOINT = {
+    "model": dict,
+    "model_config": dict,
+    "step": int,
+    "best_val_loss": float,
+    "config": dict,
+    "tokenizer": dict,
+}
+SMALL = 2**30  # bytes; a split below this lives on the device, a larger one on disk
 # Dense bfloat16 FLOP/s of the cards whose name has this in it; from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -134,27 +148,37 @@ def main(argv: list[str]) -> None:
     process = join_processes(config)
     meta = prepared_dataset(config.dataset, process)
     splits = {split: Tokens(split, meta, config, process.device) for split in ("train", "val")}
-    state = initial_state(config, meta, process)
-    model = parallel_and_compiled(state.model, config, process)
+    with alone_in_out_dir(config, process):
+        state = initial_state(config, meta, process)
+        model = parallel_and_compiled(state.model, config, process)
 
-    with Log(config, state, process) as log:
-        if state.step == 0 or config.eval_only:
-            evaluate_and_save(state, splits, config, process, log)
-        pending = []  # figures of the steps since the last progress line: nothing has waited for the device yet
-        while state.step < config.max_iters and not config.eval_only:
-            pending.append(train_step(model, state, splits["train"], config, process))
-            state.step += 1
-            evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
-            if evaluating or state.step % config.log_interval == 0 or state.step == 1:
-                log.progress(state.step, *checked(pending, state, config, process))
-                pending.clear()
-            if evaluating:
+        with Log(config, state, process) as log, StopSignals() as signals:
+            if state.step == 0 or config.eval_only:
                 evaluate_and_save(state, splits, config, process, log)
+            stop = 0  # or the signal that asked for it
+            pending = []  # figures of the steps since the last progress line: nothing has waited for the device yet
+            while state.step < config.max_iters and not config.eval_only:
+                if stop := process.largest(signals.received):
+                    break
+                pending.append(train_step(model, state, splits["train"], config, process))
+                state.step += 1
+                evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
+                if evaluating or state.step % config.log_interval == 0 or state.step == 1:
+                    log.progress(state.step, *checked(pending, state, config, process))
+                    pending.clear()
+                if evaluating:
+                    evaluate_and_save(state, splits, config, process, log)
+            if stop:
+                save_unfinished(state, pending, config, process)
+        if dist.is_initialized():
+            dist.barrier()  # gloo may abort a process that leaves while another one still writes
+            dist.destroy_process_group()
+    if stop:
+        again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
+        process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} goes on from there")
+        sys.exit(128 + stop)
     if not config.eval_only:
         process.say(f"best validation loss {state.best_val_loss:.4f}; try python sample.py --out_dir={config.out_dir}")
-    if dist.is_initialized():
-        dist.barrier()  # gloo may abort a process that leaves while another one still writes
-        dist.destroy_process_group()
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
@@ -212,39 +236,49 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class Tokens:
-    """One split of a dataset. It stays on disk, mapped into memory; a small one moves to the device."""
+    """One split of a dataset. A small one moves to the device; of a large one, each batch is read from disk."""
 
     def __init__(self, split: str, meta: dict, config: TrainConfig, device: torch.device):
-        ids = load_tokens(config.dataset, split, meta)
-        self.path = dataset_folder(config.dataset) / f"{split}.bin"
-        if len(ids) <= config.block_size:
+        self.path, self.n_tokens = token_file(config.dataset, split, meta)
+        if self.n_tokens <= config.block_size:
             raise UserError(
-                f"{self.path} has {len(ids)} tokens, too few for block_size {config.block_size} and a target: "
+                f"{self.path} has {self.n_tokens} tokens, too few for block_size {config.block_size} and a target: "
                 "lower --block_size or prepare a longer text"
             )
         self.vocab_size = meta["vocab_size"]
         self.device = device
-        self.ids = torch.from_numpy(ids.view("<i2"))  # torch gathers int16 on every device, uint16 not
-        self.in_memory = ids.nbytes < SMALL
-        if self.in_memory:
-            self.check(ids.max())
-            self.ids = self.ids.to(device)
+        self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (read as long as this object lives)
+        self.ids = None
+        if self.n_tokens * TOKEN.itemsize < SMALL:
+            self.ids = self.read(0, self.n_tokens).to(device)
+            self.check(self.ids)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.n_tokens
 
-    def check(self, largest: int) -> None:
+    def read(self, start: int, n_tokens: int) -> Tensor:
+        """Token ids (n_tokens,) from disk as int16, which torch gathers on every device, uint16 not."""
+        self.file.seek(start * TOKEN.itemsize)
+        ids = np.fromfile(self.file, TOKEN, n_tokens)
+        if len(ids) < n_tokens:
+            raise OSError(f"{self.path} became shorter while it was read: prepare the dataset anew")
+        return torch.from_numpy(ids.view("<i2"))
+
+    def check(self, ids: Tensor) -> None:
+        largest = (ids.long() & 0xFFFF).max().item()
         if largest >= self.vocab_size:
             raise UserError(f"{self.path} has token id {largest}; the vocabulary has {self.vocab_size} tokens")
 
     def blocks(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Inputs (B, length) that begin at `starts` (B,), and as targets the same shifted by one: the next tokens."""
-        starts = send(torch.from_numpy(starts), self.ids.device)
-        positions = starts[:, None] + torch.arange(length + 1, device=starts.device)  # (B, length + 1)
-        rows = self.ids[positions].long() & 0xFFFF  # unsigned again
-        if not self.in_memory:
-            self.check(rows.max().item())
+        if self.ids is None:
+            rows = torch.stack([self.read(int(start), length + 1) for start in starts])
+            self.check(rows)
             rows = send(rows, self.device)
+        else:
+            starts = send(torch.from_numpy(starts), self.device)
+            rows = self.ids[starts[:, None] + torch.arange(length + 1, device=self.device)]
+        rows = rows.long() & 0xFFFF  # (B, length + 1), unsigned again
         return rows[:, :-1], rows[:, 1:]  # shifted by one: every position predicts the token after it
 
 
@@ -304,6 +338,14 @@ def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConf
     log.restart_clock(state.step)
 
 
+def save_unfinished(state: State, pending: list[Tensor], config: TrainConfig, process: Process) -> None:
+    """Write ckpt.pt between two evaluations, if the steps since the last progress line are sound."""
+    if pending:
+        checked(pending, state, config, process)
+    if process.rank == 0:
+        state.save(config.path("ckpt.pt"), config, to_resume=True)
+
+
 @torch.no_grad()
 def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
     """Mean loss, in nats a token, of predicting the first `n_tokens` tokens that follow another, block after block.
@@ -361,14 +403,15 @@ class State:
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     """A new model and optimizer, or those of out_dir/ckpt.pt. Raises ConfigError when that holds another model."""
     path = config.path("ckpt.pt")
-    checkpoint = find_checkpoint(path, config.init_from)
+    # Starting again after a failure is going on: `scratch` was meant for the first start.
+    checkpoint = find_checkpoint(path, "auto" if was_restarted() else config.init_from)
     if process.from_rank_0(lambda: checkpoint and checkpoint["step"]) != (checkpoint and checkpoint["step"]):
         raise UserError(f"{path} is not the same on every machine: all must see the same folder")
     model_config = config.model_config(meta["vocab_size"])
     tokenizer = {name: meta[name] for name in ("tokenizer", "vocab_size", "chars") if name in meta}
     if checkpoint:
         wanted = {"model": config.model, **asdict(model_config), **tokenizer}
-        found = {"model": checkpoint["config"]["model"], **checkpoint["model_config"], **checkpoint["tokenizer"]}
+        found = {"model": checkpoint["config"].get("model"), **checkpoint["model_config"], **checkpoint["tokenizer"]}
         if differences := changes(found | {"dropout": config.dropout}, wanted):
             raise ConfigError(
                 f"{path} holds another model ({differences}): take another --out_dir or --init_from=scratch"
@@ -385,8 +428,12 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         try:
             groups = state.optimizer.state_dict()["param_groups"]  # this config's, not the old one's
             state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+            for parameter in model.parameters() if checkpoint["step"] else ():
+                moments = state.optimizer.state[parameter]
+                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("its optimizer state does not fit its weights")
             if checkpoint["scaler"]:  # of a float16 run
-                scaler.load_state_dict(checkpoint["scaler"])
+                scaler.load_state_dict({name: float(value) for name, value in checkpoint["scaler"].items()})
         except Exception as error:
             raise unusable(path, error) from None
         state.step, state.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
@@ -416,8 +463,9 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != 1:
             raise ValueError(f"format {checkpoint['format']}, expected 1")
-        if missing := {"model", "model_config", "step", "best_val_loss", "config", "tokenizer"} - checkpoint.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        for name, kind in CHECKPOINT.items():
+            if not isinstance(checkpoint[name], kind):
+                raise ValueError(f"{name} is {short(checkpoint[name])}")
         return checkpoint
     except OSError:
         raise
@@ -428,8 +476,15 @@ def load_checkpoint(path: Path) -> dict:
 def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageModel:
     """The model that a checkpoint holds. Raises UserError when its weights do not fit its config."""
     try:
-        model = MODELS[checkpoint["config"]["model"]](GPTConfig(**checkpoint["model_config"] | {"dropout": dropout}))
-        model.load_state_dict(checkpoint["model"])
+        build = MODELS[checkpoint["config"]["model"]]
+        config, weights = GPTConfig(**checkpoint["model_config"] | {"dropout": dropout}), checkpoint["model"]
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged config has
+            expected = build(config).state_dict() if build is Bigram or config.n_layer <= len(weights) else {}
+        kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (weights, expected)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("its weights are not those of its model_config")
+        model = build(config)
+        model.load_state_dict(weights)
         return model
     except Exception as error:
         raise unusable(path, error) from None
@@ -447,7 +502,7 @@ def unusable(path: Path, error: Exception) -> UserError:
 
 def changes(old: dict, new: dict) -> str:
     """What differs, in few words: "dropout 0.1 -> 0.2, seed 1 -> 2"."""
-    different = {name: value for name, value in new.items() if old.get(name) != value}
+    different = {name: value for name, value in new.items() if repr(old.get(name)) != repr(value)}
     return ", ".join(f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items())
 
 
@@ -472,6 +527,7 @@ class Process:
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    cpu_group: dist.ProcessGroup | None = None  # what GPUs need not wait for; None: all processes are on CPUs anyway
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018)."""
@@ -483,6 +539,14 @@ class Process:
             figures = figures.to(self.device)
             dist.all_reduce(figures)
         return figures
+
+    def largest(self, number: int) -> int:
+        """The largest that any process has: one call a step makes all of them stop at the same one."""
+        if self.world_size == 1:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(numbers)
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
         """What `make` returns in process 0, or the error that it raises there, in every process; the others wait."""
@@ -518,10 +582,72 @@ def join_processes(config: TrainConfig) -> Process:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
-    process = Process(rank, world_size, device, choose_dtype(config.dtype, device))
+    dtype, cpu_group = choose_dtype(config.dtype, device), None
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return process
+        place = {}
+        if os.environ.get("GROUP_WORLD_SIZE") == "1" and was_restarted():
+            # torchrun keeps its store, with the addresses of the dead processes (pytorch issue 135712).
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            place = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
+        cpu_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
+    return Process(rank, world_size, device, dtype, cpu_group)
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this process again after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+class StopSignals:
+    """Note SIGINT (Ctrl-C) and SIGTERM, for the run to end after its step; a second one ends the program at once."""
+
+    received = 0
+
+    def __enter__(self) -> StopSignals:
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, _frame: object) -> None:
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def alone_in_out_dir(config: TrainConfig, process: Process) -> Iterator[None]:
+    """Keep other runs out of out_dir. The system ends the lock with the process, however that ends."""
+    locks = []
+    try:
+        if not config.eval_only:
+            process.from_rank_0(lambda: locks.append(lock(config.path("lock"))))
+        yield
+    finally:
+        for file in locks:
+            file.close()
+
+
+def lock(path: Path) -> IO[str]:
+    """A file that only one process holds open. Raises UserError that names the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 (locked as long as it is open)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            raise UserError(
+                f"{path.parent} is in use by another run, process {file.read()}: let it end, or take another --out_dir"
+            ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def keep_freed_memory() -> None:

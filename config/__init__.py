@@ -20,6 +20,16 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 T = TypeVar("T")
 
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+# What torch says when something outside the program fails, and what that means.
+OUT_OF_MEMORY = "out of memory; try a smaller batch, model or context"
+LOST_PROCESS = "another process of this run has ended; the same command goes on from the last checkpoint"
+BREAKDOWNS = {
+    "out of memory": OUT_OF_MEMORY,  # on a GPU
+    "allocate memory": OUT_OF_MEMORY,  # on a CPU
+    "closed by peer": LOST_PROCESS,
+    "reset by peer": LOST_PROCESS,
+    "Broken pipe": LOST_PROCESS,
+}
 MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 
 
@@ -159,10 +169,10 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (MemoryError, RuntimeError) as error:
-        out_of_memory = ("out of memory", "allocate memory")  # in torch's words for a GPU, for a CPU
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in out_of_memory):
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: out of memory; try a smaller batch, model or context")
+        for words, meaning in BREAKDOWNS.items():
+            if words in str(error) or (isinstance(error, MemoryError) and "memory" in words):
+                sys.exit(f"{Path(sys.argv[0]).name}: {meaning}")
+        raise
     except (UserError, OSError) as error:
         # Under torchrun all processes of a machine come to the same UserError: one line will do.
         if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":

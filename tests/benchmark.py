@@ -4,8 +4,8 @@
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
 
 For a machine with nothing else to do: it measures on the CPU, in turns, and ends with tables. A figure is the median of
-its repeats, with the lowest and highest; then how many times as long the others take. Where `transformers` is installed,
-it is timed too.
+its repeats, with the lowest and highest; then, how many times as long the others take. Where there is `transformers`, it
+is timed too.
 """
 
 import argparse

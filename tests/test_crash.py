@@ -1,37 +1,318 @@
-"""A run that is killed goes on, by the same command, as if nothing had happened."""
+"""Whatever ends a run, the same command goes on as if nothing had happened."""
 
+import os
 import random
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-from conftest import REPOSITORY, checkpoint, command, rows, same, tiny, train_here
+import pytest
+import torch
+from conftest import REPOSITORY, checkpoint, command, losses, rows, same, tiny, train_here
 
-SETTINGS = tiny(max_iters=150, eval_interval=5, log_interval=5)
+import train
+from config import UserError
+
+KILLS = int(os.environ.get("KILLS", 5))  # KILLS=50 python -m pytest -k killed: the long version, by hand
 
 
-def test_a_run_killed_at_random_moments_ends_like_the_one_left_alone(dataset):
-    assert command("train.py", *SETTINGS, "--out_dir=whole").returncode == 0
-    chance = random.Random(0)
-    argv = [sys.executable, str(REPOSITORY / "train.py"), *SETTINGS]
-    for _ in range(3):
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as running:
-            for _ in range(chance.randrange(8, 25)):  # lines, each within a step or a checkpoint of the last
-                running.stdout.readline()
-            running.send_signal(signal.SIGKILL)
-    killed_at = checkpoint()["step"]
-    assert 0 < killed_at < 150
-    assert command("train.py", *SETTINGS).returncode == 0
+@contextmanager
+def started(argv, **environment):
+    """A running process, which does not outlive the block."""
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def start(*arguments, program=(str(REPOSITORY / "train.py"),), **environment):
+    return started([sys.executable, *program, *arguments], PYTHONPATH=REPOSITORY, **environment)
+
+
+def wait_for(running, text):
+    """Read the output up to a line with `text`; returns what was read."""
+    read = ""
+    for line in running.stdout:
+        read += line
+        if text in line:
+            return read
+    raise AssertionError(f"no {text!r} in {read}{running.stderr.read()}")
+
+
+def assert_same_end(one, other):
+    """Two runs ended with the same bits: weights, optimizer, best checkpoint and, but for the clock, log."""
     for name in ("model", "optimizer", "step", "best_val_loss"):
-        assert same(checkpoint()[name], checkpoint("whole/ckpt.pt")[name])
-    assert same(checkpoint("out/best.pt")["model"], checkpoint("whole/best.pt")["model"])
+        assert same(checkpoint(f"{one}/ckpt.pt")[name], checkpoint(f"{other}/ckpt.pt")[name]), name
+    assert same(checkpoint(f"{one}/best.pt")["model"], checkpoint(f"{other}/best.pt")["model"])
     timing = {"seconds": None, "tokens_per_second": None}
-    assert [row | timing for row in rows()] == [row | timing for row in rows("whole/log.csv")]
+    assert [row | timing for row in rows(f"{one}/log.csv")] == [row | timing for row in rows(f"{other}/log.csv")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_killed_at_random_moments_ends_like_the_one_left_alone(dataset, dtype):
+    settings = tiny(max_iters=50 * KILLS, eval_interval=5, log_interval=5, dtype=dtype)
+    train.main([*settings, "--out_dir=whole"])
+    chance, half_written = random.Random(0), Path("out/ckpt.pt.tmp")
+    for kill in range(KILLS):
+        half_written.unlink(missing_ok=True)
+        with start(*settings) as running:
+            for _ in range(chance.randrange(6, 14)):  # lines, each within a step, evaluation or checkpoint of the last
+                running.stdout.readline()
+            while kill % 2 and not half_written.exists():  # every second time amid a checkpoint
+                assert running.poll() is None
+            running.kill()
+        assert running.returncode == -signal.SIGKILL
+    assert 0 < checkpoint()["step"] < 50 * KILLS
+    train.main(settings)
+    assert_same_end("out", "whole")
 
 
 def test_what_a_killed_write_leaves_behind_disturbs_nobody(dataset):
     train_here(max_iters=10)
-    (dataset.parent.parent / "out" / "ckpt.pt.tmp").write_bytes(b"half a checkpoint")
+    Path("out/ckpt.pt.tmp").write_bytes(b"half a checkpoint")
     train_here(max_iters=20)
     assert checkpoint()["step"] == 20
-    assert not (dataset.parent.parent / "out" / "ckpt.pt.tmp").exists()
+    assert not Path("out/ckpt.pt.tmp").exists()
+
+
+# Asked to stop
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(dataset, number, status):
+    settings = tiny(max_iters=600, eval_interval=300, log_interval=7)
+    with start(*settings) as running:
+        wait_for(running, "step 21/")
+        running.send_signal(number)
+        out, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (status, "")
+    said = re.search(rf"^stopped by {number.name} after step (\d+); the same command goes on from there\n\Z", out, re.M)
+    assert 21 <= int(said[1]) == checkpoint()["step"] < 300
+    train.main(settings)
+    train.main([*settings, "--out_dir=whole"])
+    assert_same_end("out", "whole")
+
+
+def test_a_second_signal_ends_the_run_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with train.StopSignals() as signals:
+        assert not signals.received
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGTERM) == before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, monkeypatch):
+    monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        train_here(init_from="scratch")
+    assert ended.value.code == 143
+    assert "the same command without --init_from goes on from there" in capsys.readouterr().out
+
+
+def test_a_run_whose_weights_are_not_finite_is_not_saved_when_it_is_stopped(dataset, monkeypatch):
+    def poisoned(model, state, *rest, original=train.train_step):
+        torch.nn.init.constant_(state.model.lm_head.weight, torch.nan)
+        monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+        return original(model, state, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match="loss is nan"):
+        train_here(log_interval=1000)
+    assert checkpoint()["step"] == 0
+
+
+# Several processes
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def start_two(*settings, **program):
+    """Two processes that find each other, as torchrun would start them, but each in our own hands."""
+    together = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with ExitStack() as both:
+        yield [
+            both.enter_context(start(*settings, RANK=rank, LOCAL_RANK=rank, **together, **program)) for rank in range(2)
+        ]
+
+
+def test_a_signal_to_one_process_ends_all_of_them_at_the_same_step(dataset):
+    settings = tiny(max_iters=10**6, eval_interval=10**6, log_interval=7)
+    with start_two(*settings) as (first, second):
+        wait_for(first, "step 21/")
+        second.send_signal(signal.SIGTERM)
+        out, _ = first.communicate(timeout=60)
+        assert second.wait(60) == first.returncode == 143
+    assert f"stopped by SIGTERM after step {checkpoint()['step']}; the same" in out
+
+
+def test_when_one_process_is_killed_the_other_ends_with_one_line(dataset):
+    with start_two(*tiny(max_iters=10**6, eval_interval=10**6, log_interval=7)) as (first, second):
+        wait_for(first, "step 21/")
+        second.kill()
+        _, errors = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert [line for line in errors.splitlines() if line.startswith("train.py:")] == [
+        "train.py: another process of this run has ended; the same command goes on from the last checkpoint"
+    ]
+    assert "Traceback" not in errors
+
+
+def test_an_error_of_one_process_is_said_by_it_and_ends_all(dataset):
+    """Process 1 reads a token that is not in the vocabulary; process 0 never sees it."""
+    code = """if True:
+        import os, sys, numpy as np, train
+        from config import run
+        train.SMALL = 0  # read each batch from disk
+        def send(rows, device, original=train.send):
+            if os.environ["RANK"] == "1":
+                open("data/shakespeare_char/train.bin", "wb").close()
+            return original(rows, device)
+        train.send = send
+        run(train.main)
+    """
+    with start_two(*tiny(max_iters=10**6), program=["-c", code]) as (first, second):
+        errors = [process.communicate(timeout=60)[1] for process in (first, second)]
+    assert first.returncode == second.returncode == 1
+    assert "-c: data/shakespeare_char/train.bin became shorter while it was read: prepare the dataset anew" in "".join(
+        errors
+    )
+    assert "Traceback" not in "".join(errors)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find torchrun's processes")
+def test_torchrun_starts_again_what_lost_a_process(dataset, capsys):
+    settings = {"max_iters": 400, "eval_interval": 20, "log_interval": 20, "dropout": 0.0, "init_from": "scratch"}
+    train_here(**settings, out_dir="whole")
+    alone = losses(capsys.readouterr().out)
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--max_restarts=3"]
+    argv += ["--nproc_per_node=2", str(REPOSITORY / "train.py"), *tiny(**settings)]
+    with started(argv) as running:
+        read = wait_for(running, "step 100: train loss")
+        os.kill(children(running.pid)[-1], signal.SIGKILL)
+        out, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors
+    resumed = re.search(r"going on from out/ckpt.pt at step (\d+)", out)
+    assert int(resumed[1]) >= 100
+    for step, pair in losses(read + out).items():
+        assert pair == pytest.approx(alone[step], abs=1e-3)
+    assert checkpoint()["step"] == 400
+
+
+def network_namespaces_work():
+    return sys.platform == "linux" and shutil.which("ip") and not subprocess.run(["unshare", "-n", "true"]).returncode
+
+
+@pytest.mark.skipif(not network_namespaces_work(), reason="needs the right to make network namespaces")
+def test_two_machines_learn_what_one_process_learns(dataset, capsys):
+    """Two hosts, each with a network of its own, joined by a virtual cable."""
+    settings = {"max_iters": 20, "dropout": 0.0}
+    train_here(**settings, out_dir="one")
+    alone = losses(capsys.readouterr().out)
+    hosts = [f"gpt{os.getpid()}{end}" for end in "ab"]
+    running = []
+    with ExitStack() as both:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "add", host], check=True)
+            both.callback(subprocess.run, ["ip", "netns", "del", host])
+        first, second = hosts
+        cable = f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}"
+        subprocess.run(cable.split(), check=True)
+        for host, address in zip(hosts, ("10.99.0.1", "10.99.0.2"), strict=True):
+            for words in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+                subprocess.run(["ip", "-n", host, *words.split()], check=True)
+        for rank, host in enumerate(hosts):
+            argv = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+            argv += [f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=10.99.0.1", "--master_port=29500"]
+            argv += [str(REPOSITORY / "train.py"), *tiny(**settings)]
+            running.append(both.enter_context(started(argv, GLOO_SOCKET_IFNAME="eth0")))
+        out = "".join(process.communicate(timeout=120)[0] for process in running)
+        assert [process.returncode for process in running] == [0, 0]
+    together = losses(out)
+    assert together.keys() == alone.keys() == {0, 10, 20}
+    for step in alone:
+        assert together[step] == pytest.approx(alone[step], abs=3e-4)
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(folder):
+    """A file system of 4 MB at out/."""
+    Path("out").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", "out"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield Path("out")
+    subprocess.run(["umount", "out"], check=True)
+
+
+def test_on_a_full_disk_the_old_checkpoint_stays_and_with_space_the_run_goes_on(dataset, small_disk):
+    settings = {"n_embd": 64, "block_size": 32}
+    train_here(**settings, out_dir="whole")
+    train_here(**settings, max_iters=10, lr_decay_iters=20)
+    rest = small_disk / "something else"
+    subprocess.run(["dd", "if=/dev/zero", f"of={rest}"], capture_output=True)  # until nothing is free
+    os.truncate(rest, rest.stat().st_size - 2**18)  # enough for the log
+    before = [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()]
+    ended = command("train.py", *tiny(**settings, lr_decay_iters=20))
+    assert ended.returncode == 1
+    assert ended.stderr == "train.py: [Errno 28] No space left on device: 'out/best.pt'\n"
+    assert [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()] == before
+    assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "lock", "log.csv", rest.name]
+    rest.unlink()
+    train_here(**settings, lr_decay_iters=20)
+    assert_same_end("out", "whole")
+
+
+def test_a_folder_that_vanishes_is_one_line_and_status_1(dataset):
+    with start(*tiny(max_iters=10**6, eval_interval=10**6)) as running:
+        wait_for(running, "step 10/")
+        os.rename("out", "gone")
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert errors == "train.py: [Errno 2] No such file or directory: 'out/log.csv'\n"
+
+
+# Two runs
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(dataset):
+    with start(*tiny(max_iters=10**6)) as running:
+        wait_for(running, "step 10:")
+        refusal = f"out is in use by another run, process {running.pid}: let it end, or take another --out_dir"
+        for settings in ({}, {"init_from": "scratch"}):
+            with pytest.raises(UserError) as error:
+                train_here(**settings)
+            assert str(error.value) == refusal
+        train_here(out_dir="another")
+        train_here(eval_only=True)
+        running.kill()
+    train_here(max_iters=checkpoint()["step"] + 1)  # the lock of the dead stops nobody
+
+
+def test_the_lock_ends_with_the_run(dataset):
+    train_here(max_iters=5)
+    train_here(max_iters=10)
+    with pytest.raises(UserError, match="holds another model"):
+        train_here(n_layer=1)
+    train_here(max_iters=15)

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, command
 
 import prepare
 from config import ConfigError, UserError
-from prepare import CharTokenizer, load_meta, load_tokens
+from prepare import CharTokenizer, load_meta, token_file
 
 SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare" / "input.txt"
 TEXT = "Grüße, Jürgen ❤ 😀 Unicode!\r\nsecond line\n" * 50
@@ -67,7 +67,7 @@ def files(folder):
 
 def load_all(dataset):
     meta = load_meta(dataset)
-    return meta, np.concatenate([load_tokens(dataset, split, meta) for split in ("train", "val")])
+    return meta, np.concatenate([np.fromfile(token_file(dataset, split, meta)[0], "<u2") for split in ("train", "val")])
 
 
 def decoded(dataset):
@@ -310,6 +310,41 @@ def test_overload_is_tried_again_with_growing_pauses(folder, server, waits, stat
     prepare.main(["--dataset=mine", f"--url={server.url}"])
     assert waits == [1, 2]
     assert decoded("mine") == "text" * 100
+
+
+def test_a_redirect_is_followed(folder, server):
+    server.answers = [(302, {"Location": server.url + "/elsewhere", "Content-Length": "0"}, b""), ok(TEXT.encode())]
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert decoded("mine") == TEXT
+    assert server.requests == 2
+
+
+def test_no_more_than_the_promised_bytes_are_taken(folder, server):
+    server.answers = [(200, {"Content-Length": "400"}, b"a" * 400 + b"b" * 400)]
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert decoded("mine") == "a" * 400
+
+
+def test_a_server_that_sends_half_and_hangs_is_tried_again(folder, server, waits, monkeypatch):
+    monkeypatch.setattr(prepare, "TIMEOUT", (1, 0.2))
+    released = threading.Event()
+
+    def half(handler):
+        server.requests += 1
+        handler.send_response(200)
+        handler.send_header("Content-Length", "400")
+        handler.end_headers()
+        handler.wfile.write(b"a" * 200)
+        if server.requests > 1:
+            handler.wfile.write(b"a" * 200)
+        else:
+            released.wait(10)
+
+    server.RequestHandlerClass.do_GET = half
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    released.set()
+    assert (server.requests, waits) == (2, [1])
+    assert decoded("mine") == "a" * 400
 
 
 def test_a_body_that_breaks_off_is_tried_again(folder, server, waits):

@@ -673,11 +673,13 @@ def test_every_process_takes_a_gpu_of_its_own(machine, monkeypatch, name, enviro
     monkeypatch.setattr("torch.cuda.set_device", lambda device: chosen.append(device.index))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("torch.distributed.init_process_group", joined.append)
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend: backend)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     process = train.join_processes(config(device=name, dtype="auto"))
     assert chosen == [process.device.index] == [index]
     assert joined == (["nccl"] if environment else [])
+    assert process.cpu_group == ("gloo" if environment else None)
     assert process.dtype == torch.bfloat16
     torch.set_float32_matmul_precision("highest")
 

@@ -1,0 +1,196 @@
+"""Whatever a stranger's files say, a program reads them or refuses in one line. FUZZ=5000 looks longer."""
+
+import contextlib
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import checkpoint, same, train_here
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare
+import sample
+import train
+from config import UserError
+
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ", 60)),
+    deadline=None,
+    derandomize="FUZZ" not in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 70)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["char", "gpt", "gpt2", "bigram", 10**9, -1, 0]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+tensors = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype),
+    st.lists(st.integers(0, 40), max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]),
+)
+
+
+def refused_or_done(work):
+    """Run it; only errors that end in one line may come."""
+    with contextlib.suppress(UserError, OSError):
+        work()
+
+
+def places(tree, path=()):
+    """Every path into nested dicts."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield (*path, name)
+            yield from places(value, (*path, name))
+
+
+def changed(tree, path, value, remove):
+    tree = copy.deepcopy(tree)
+    inner = tree
+    for name in path[:-1]:
+        inner = inner[name]
+    if remove:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return tree
+
+
+@pytest.fixture
+def trained(dataset):
+    train_here()
+    Path("out/best.pt").unlink()
+    return Path("out/ckpt.pt")
+
+
+def read_checkpoint():
+    train_here(max_iters=21)
+    sample.main(["--max_new_tokens=2"])
+
+
+@fuzz
+@given(data=st.data())
+def test_a_checkpoint_with_other_bytes(trained, data):
+    good = trained.with_name("good.pt")
+    if not good.exists():
+        good.write_bytes(trained.read_bytes())
+    content = bytearray(good.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    trained.write_bytes(content)
+    refused_or_done(read_checkpoint)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_checkpoint_with_another_content(trained, data):
+    good = trained.with_name("good.pt")
+    if not good.exists():
+        good.write_bytes(trained.read_bytes())
+    content = checkpoint(good)
+    path = data.draw(st.sampled_from(list(places(content))))
+    torch.save(changed(content, path, data.draw(values | tensors), data.draw(st.booleans())), trained)
+    refused_or_done(read_checkpoint)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_dataset_with_another_meta_json(dataset, data):
+    path = dataset / "meta.json"
+    good = dataset / "good.json"
+    if not good.exists():
+        good.write_bytes(path.read_bytes())
+    meta = json.loads(good.read_bytes())
+    place = data.draw(st.sampled_from(list(places(meta))))
+    meta = data.draw(values) if data.draw(st.integers(0, 9)) == 0 else changed(meta, place, data.draw(values), False)
+    path.write_text(json.dumps(meta), errors="surrogatepass")
+    refused_or_done(lambda: train_here(max_iters=1, init_from="scratch"))
+
+
+@fuzz
+@given(split=st.sampled_from(["train", "val"]), tokens=st.binary(max_size=200), promised=st.booleans())
+def test_a_dataset_with_other_tokens(dataset, split, tokens, promised):
+    (dataset / f"{split}.bin").write_bytes(tokens)
+    if promised:
+        meta = prepare.load_meta("shakespeare_char") | {f"{split}_tokens": len(tokens) // 2}
+        (dataset / "meta.json").write_text(json.dumps(meta))
+    refused_or_done(lambda: train_here(max_iters=1, init_from="scratch"))
+
+
+@fuzz
+@given(
+    words=st.lists(
+        st.text(max_size=12) | st.sampled_from(["config/shakespeare_char.py", "--n_layer", "x.py"]), max_size=3
+    ),
+    key=st.sampled_from([*train.TrainConfig.__dataclass_fields__, "nonsense"]),
+    value=values,
+)
+def test_a_command_with_other_words(folder, words, key, value):
+    argv = [*words, f"--{key}={value}", "--dataset=none"]
+    if any(word.startswith("-h") or word == "--help" for word in words):
+        return
+    with pytest.raises(UserError):
+        train.main(argv)
+
+
+@fuzz
+@given(
+    lines=st.lists(st.tuples(st.sampled_from(["n_layer", "dropout", "out_dir", "_x", "a b", ""]), values), max_size=4)
+)
+def test_a_recipe_with_other_lines(folder, lines):
+    Path("recipe.py").write_text("\n".join(f"{name} = {value!r}" for name, value in lines), errors="surrogatepass")
+    with pytest.raises(UserError):
+        train.main(["recipe.py", "--dataset=none"])
+
+
+def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
+    for name in ("n_layer", "n_embd", "vocab_size", "block_size"):
+        content = checkpoint(trained)
+        content["model_config"][name] = 2**40
+        torch.save(content, trained.with_name("best.pt"))
+        with pytest.raises(UserError, match=r"out/best.pt is not a usable checkpoint"):
+            sample.main([])
+
+
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_an_optimizer_state_of_other_shapes_is_refused(trained, moment):
+    content = checkpoint(trained)
+    content["optimizer"]["state"][1][moment] = torch.zeros(2, 2)
+    torch.save(content, trained)
+    with pytest.raises(UserError, match="its optimizer state does not fit its weights"):
+        train_here(max_iters=21)
+
+
+def test_a_split_that_becomes_shorter_while_it_is_read_is_refused(dataset, monkeypatch):
+    monkeypatch.setattr(train, "SMALL", 0)
+
+    def shortened(*step, original=train.train_step):
+        os.truncate(dataset / "train.bin", 10)
+        return original(*step)
+
+    monkeypatch.setattr(train, "train_step", shortened)
+    with pytest.raises(OSError, match=r"^data/shakespeare_char/train.bin became shorter while it was read"):
+        train_here()
+    assert checkpoint()["step"] == 0
+
+
+@pytest.mark.parametrize("small", [2**30, 0])
+def test_reading_from_disk_or_memory_is_the_same(dataset, monkeypatch, small):
+    train_here(out_dir="memory")
+    monkeypatch.setattr(train, "SMALL", small)
+    train_here(out_dir="disk")
+    assert same(checkpoint("memory/ckpt.pt")["model"], checkpoint("disk/ckpt.pt")["model"])
