@@ -68,8 +68,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor
     """softmax(q k^T / sqrt(head_size), future masked) v, written out; all are (B, n_head, T, head_size).
 
     Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise grow
-    with head_size and push the softmax towards one-hot. How CPUs train: in bfloat16 forward and backward take half
-    the time of torch's fused call, with dropout a quarter (16 x 6 x 256 x 64, torch 2.13).
+    with head_size and push the softmax towards one-hot. How CPUs train in bfloat16 or with dropout: forward and
+    backward take half the time of torch's fused call, with dropout a quarter, for the memory of B * n_head matrices of
+    T x T (16 x 6 x 256 x 64, torch 2.13; in float32 without dropout they would take a tenth more).
     """
     B, n_head, T, head_size = q.shape
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where a token may look
@@ -111,7 +112,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, n_head, T, head_size)
         if cache is not None:
             k, v = cache.extend(k, v)
-        if self.training and x.device.type == "cpu":
+        if self.training and x.device.type == "cpu" and (self.dropout or q.dtype == torch.bfloat16):
             y = attention(q, k, v, self.dropout)
         else:  # the same in one fused call that never stores the T x T matrix; a lone token is the last: it sees all
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)

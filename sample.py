@@ -47,6 +47,7 @@ class SampleConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
 
+@torch.inference_mode()  # a tenth faster than the no_grad of `stream`
 def main(argv: list[str]) -> None:
     config = read(SampleConfig, argv)
     device = choose_device(config.device)

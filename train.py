@@ -152,24 +152,24 @@ def main(argv: list[str]) -> None:
         state = initial_state(config, meta, process)
         model = parallel_and_compiled(state.model, config, process)
 
-        with Log(config, state, process) as log, StopSignals() as signals:
+        with Log(config, state, process) as log:
             if state.step == 0 or config.eval_only:
                 evaluate_and_save(state, splits, config, process, log)
             stop = 0  # or the signal that asked for it
             pending = []  # figures of the steps since the last progress line: nothing has waited for the device yet
-            while state.step < config.max_iters and not config.eval_only:
-                if stop := process.largest(signals.received):
-                    break
-                pending.append(train_step(model, state, splits["train"], config, process))
-                state.step += 1
-                evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
-                if evaluating or state.step % config.log_interval == 0 or state.step == 1:
-                    log.progress(state.step, *checked(pending, state, config, process))
-                    pending.clear()
-                if evaluating:
-                    evaluate_and_save(state, splits, config, process, log)
-            if stop:
-                save_unfinished(state, pending, config, process)
+            with StopSignals() as signals:
+                while state.step < config.max_iters and not config.eval_only:
+                    if stop := process.largest(signals.received):
+                        save_unfinished(state, pending, config, process)
+                        break
+                    pending.append(train_step(model, state, splits["train"], config, process))
+                    state.step += 1
+                    evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
+                    if evaluating or state.step % config.log_interval == 0 or state.step == 1:
+                        log.progress(state.step, *checked(pending, state, config, process))
+                        pending.clear()
+                    if evaluating:
+                        evaluate_and_save(state, splits, config, process, log)
         if dist.is_initialized():
             dist.barrier()  # gloo may abort a process that leaves while another one still writes
             dist.destroy_process_group()
@@ -248,10 +248,8 @@ class Tokens:
         self.vocab_size = meta["vocab_size"]
         self.device = device
         self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (read as long as this object lives)
-        self.ids = None
-        if self.n_tokens * TOKEN.itemsize < SMALL:
-            self.ids = self.read(0, self.n_tokens).to(device)
-            self.check(self.ids)
+        small = self.n_tokens * TOKEN.itemsize < SMALL
+        self.ids = self.read(0, self.n_tokens).to(device) if small else None
 
     def __len__(self) -> int:
         return self.n_tokens
@@ -260,21 +258,19 @@ class Tokens:
         """Token ids (n_tokens,) from disk as int16, which torch gathers on every device, uint16 not."""
         self.file.seek(start * TOKEN.itemsize)
         ids = np.fromfile(self.file, TOKEN, n_tokens)
+        problem = None
         if len(ids) < n_tokens:
-            raise OSError(f"{self.path} became shorter while it was read: prepare the dataset anew")
+            problem = f"{self.path} became shorter while it was read: prepare the dataset anew"
+        elif ids.max() >= self.vocab_size:
+            problem = f"{self.path} has token id {ids.max()}; the vocabulary has {self.vocab_size} tokens"
+        if problem:  # what only this process reads, it must say itself: an OSError is said by every process
+            raise (UserError if n_tokens == self.n_tokens else OSError)(problem)
         return torch.from_numpy(ids.view("<i2"))
-
-    def check(self, ids: Tensor) -> None:
-        largest = (ids.long() & 0xFFFF).max().item()
-        if largest >= self.vocab_size:
-            raise UserError(f"{self.path} has token id {largest}; the vocabulary has {self.vocab_size} tokens")
 
     def blocks(self, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
         """Inputs (B, length) that begin at `starts` (B,), and as targets the same shifted by one: the next tokens."""
         if self.ids is None:
-            rows = torch.stack([self.read(int(start), length + 1) for start in starts])
-            self.check(rows)
-            rows = send(rows, self.device)
+            rows = send(torch.stack([self.read(int(start), length + 1) for start in starts]), self.device)
         else:
             starts = send(torch.from_numpy(starts), self.device)
             rows = self.ids[starts[:, None] + torch.arange(length + 1, device=self.device)]
@@ -403,8 +399,7 @@ class State:
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     """A new model and optimizer, or those of out_dir/ckpt.pt. Raises ConfigError when that holds another model."""
     path = config.path("ckpt.pt")
-    # Starting again after a failure is going on: `scratch` was meant for the first start.
-    checkpoint = find_checkpoint(path, "auto" if was_restarted() else config.init_from)
+    checkpoint = find_checkpoint(path, config.init_from)
     if process.from_rank_0(lambda: checkpoint and checkpoint["step"]) != (checkpoint and checkpoint["step"]):
         raise UserError(f"{path} is not the same on every machine: all must see the same folder")
     model_config = config.model_config(meta["vocab_size"])
@@ -429,15 +424,17 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
             groups = state.optimizer.state_dict()["param_groups"]  # this config's, not the old one's
             state.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
             for parameter in model.parameters() if checkpoint["step"] else ():
-                moments = state.optimizer.state[parameter]
-                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                shapes = {name: value.shape for name, value in state.optimizer.state[parameter].items()}
+                if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
                     raise ValueError("its optimizer state does not fit its weights")
             if checkpoint["scaler"]:  # of a float16 run
-                scaler.load_state_dict({name: float(value) for name, value in checkpoint["scaler"].items()})
+                if not all(isinstance(value, int | float) for value in checkpoint["scaler"].values()):
+                    raise ValueError(f"scaler is {short(checkpoint['scaler'])}")
+                scaler.load_state_dict(checkpoint["scaler"])
         except Exception as error:
             raise unusable(path, error) from None
         state.step, state.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
-        changed = changes(checkpoint["config"], asdict(config) | {"init_from": checkpoint["config"]["init_from"]})
+        changed = changes(checkpoint["config"], asdict(config) | {"init_from": checkpoint["config"].get("init_from")})
         process.say(f"going on from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     process.say(f"{n_parameters / 1e6:.2f}M parameters on {process}")
@@ -447,6 +444,8 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
 
 
 def find_checkpoint(path: Path, init_from: str) -> dict | None:
+    if init_from == "scratch" and was_restarted() and path.exists():
+        raise ConfigError(f"after a failure --init_from=scratch would overwrite {path}; without it, the run goes on")
     if init_from == "scratch" or (init_from == "auto" and not path.exists()):
         return None
     if not path.exists():
@@ -466,6 +465,8 @@ def load_checkpoint(path: Path) -> dict:
         for name, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[name], kind):
                 raise ValueError(f"{name} is {short(checkpoint[name])}")
+        if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
+            raise ValueError(f"step {checkpoint['step']}, best_val_loss {checkpoint['best_val_loss']}")
         return checkpoint
     except OSError:
         raise
@@ -480,8 +481,8 @@ def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageMode
         config, weights = GPTConfig(**checkpoint["model_config"] | {"dropout": dropout}), checkpoint["model"]
         with torch.device("meta"):  # takes no memory, whatever sizes a damaged config has
             expected = build(config).state_dict() if build is Bigram or config.n_layer <= len(weights) else {}
-        kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (weights, expected)]
-        if kinds[0] != kinds[1]:
+        found, wanted = ({name: (t.shape, t.dtype) for name, t in all_.items()} for all_ in (weights, expected))
+        if found != wanted:
             raise ValueError("its weights are not those of its model_config")
         model = build(config)
         model.load_state_dict(weights)
@@ -601,12 +602,15 @@ def was_restarted() -> bool:
 
 
 class StopSignals:
-    """Note SIGINT (Ctrl-C) and SIGTERM, for the run to end after its step; a second one ends the program at once."""
+    """Note the first SIGINT (Ctrl-C) or SIGTERM, to end the run after its step; the next one acts as it always does."""
 
     received = 0
 
     def __enter__(self) -> StopSignals:
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # as a shell script starts what it puts into the background
+                signal.signal(number, self.note)
         return self
 
     def note(self, number: int, _frame: object) -> None:
@@ -644,6 +648,8 @@ def lock(path: Path) -> IO[str]:
             raise UserError(
                 f"{path.parent} is in use by another run, process {file.read()}: let it end, or take another --out_dir"
             ) from None
+    except OSError:
+        pass  # a file system without locks
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

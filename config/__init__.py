@@ -22,7 +22,7 @@ T = TypeVar("T")
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 # What torch says when something outside the program fails, and what that means.
 OUT_OF_MEMORY = "out of memory; try a smaller batch, model or context"
-LOST_PROCESS = "another process of this run has ended; the same command goes on from the last checkpoint"
+LOST_PROCESS = "another process of this run has ended; --init_from=auto goes on from the last checkpoint"
 BREAKDOWNS = {
     "out of memory": OUT_OF_MEMORY,  # on a GPU
     "allocate memory": OUT_OF_MEMORY,  # on a CPU
@@ -169,14 +169,24 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (MemoryError, RuntimeError) as error:
-        for words, meaning in BREAKDOWNS.items():
-            if words in str(error) or (isinstance(error, MemoryError) and "memory" in words):
-                sys.exit(f"{Path(sys.argv[0]).name}: {meaning}")
-        raise
+        said = "out of memory" if isinstance(error, MemoryError) else str(error)
+        meanings = [meaning for words, meaning in BREAKDOWNS.items() if words in said]
+        if not meanings:
+            raise
+        fail(UserError(meanings[0]))
     except (UserError, OSError) as error:
-        # Under torchrun all processes of a machine come to the same UserError: one line will do.
-        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + 2)
+
+
+def fail(error: UserError | OSError) -> NoReturn:
+    """Say it and end. Under torchrun all processes of a machine come to the same UserError: one line will do."""
+    if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    status = getattr(error, "status", 1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort
+    sys.exit(status)

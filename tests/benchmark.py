@@ -4,13 +4,15 @@
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
 
 For a machine with nothing else to do: it measures on the CPU, in turns, and ends with tables. A figure is the median of
-its repeats, with the lowest and highest; then, how many times as long the others take. Where there is `transformers`, it
-is timed too.
+its repeats, with the lowest and highest; then, how many times as long the others take. They run in a process of their
+own, as their users run them. `transformers` is timed where it is installed.
 """
 
 import argparse
 import importlib.util
 import itertools
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -20,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,19 +81,20 @@ class Bench:
     scratch: Path
     flops: float  # a second, in a large matrix product of bfloat16
     bandwidth: float  # bytes a second, read from memory
+    others: Executor  # the process that the others run in
     peer: Path | None = None  # a copy of nanoGPT's folder, with the text prepared
+
+    def elsewhere(self, work: Callable[..., object], *arguments: object) -> Callable[[], object]:
+        return lambda: self.others.submit(work, *arguments).result()
 
     def row(
         self, work: str, here: Callable, peer: Callable | None = None, other: Callable | None = None, **facts
     ) -> Row:
         """Time the works in turns, so that a slow minute of the machine meets all of them."""
-        works = [work for work in (here, peer, other) if work]
-        for once in works:
-            once()
-        seconds = {once: [] for once in works}
+        seconds = {each: [] for each in (here, peer, other) if each}
         for _ in range(self.repeats):
-            for once in works:
-                seconds[once].append(seconds_of(once))
+            for each in seconds:
+                seconds[each].append(seconds_of(each))
         row = Row(work, seconds[here], seconds.get(peer, []), seconds.get(other, []), **facts)
         print("  " + ", ".join(cell for cell in row.cells() if cell), flush=True)
         return row
@@ -109,8 +114,9 @@ def main() -> None:
     train.prepared_dataset("shakespeare_char", process_here())
     hardware = f"{torch.get_num_threads()} threads on {cpu_name()}, torch {torch.__version__}"
     print(hardware)
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(options.repeats, Path(scratch), *limits())
+    others = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as scratch, others:
+        bench = Bench(options.repeats, Path(scratch), *limits(), others)
         if options.peer:
             bench.peer = prepared_peer(options.peer, bench.scratch)
         rows = []
@@ -159,16 +165,16 @@ def process_here() -> train.Process:
 def prepared_peer(folder: Path, scratch: Path) -> Path:
     """A copy of nanoGPT's folder, with our text prepared by its own script."""
     copy = Path(shutil.copytree(folder, scratch / "peer", ignore=shutil.ignore_patterns(".git", "out*", "*.bin")))
-    prepare_as_peer(copy, Path("data/shakespeare_char/input.txt"))
+    prepare_as_peer(copy / "data" / "shakespeare_char", Path("data/shakespeare_char/input.txt"))
     return copy
 
 
-def prepare_as_peer(peer: Path, text: Path) -> None:
-    folder = peer / "data" / "shakespeare_char"
+def prepare_as_peer(folder: Path, text: Path) -> None:
     shutil.copy(text, folder / "input.txt")
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
+@cache
 def peer_model(peer: Path) -> torch.nn.Module:
     spec = importlib.util.spec_from_file_location("peer_model", peer / "model.py")
     module = importlib.util.module_from_spec(spec)
@@ -190,8 +196,8 @@ def loss(bench: Bench) -> list[Row]:
         return [Row(f"training to validation loss {here[-1][1]:.4f}", [here[-1][0]])]
     peer = evaluations(PEER_RECIPE, bench.peer)
     seconds, target = peer[-1]
-    within = min(loss for at, loss in here if at <= seconds)
-    passed = min(at for at, loss in here if loss <= target)
+    within = min((loss for at, loss in here if at <= seconds), default=math.inf)
+    passed = min((at for at, loss in here if loss <= target), default=math.inf)
     return [
         Row(f"training to validation loss {target:.4f}, nanoGPT's last", [passed], [seconds]),
         Row(f"training to {here[-1][1]:.4f}; {within:.4f} within nanoGPT's time", [here[-1][0]]),
@@ -213,7 +219,8 @@ def evaluations(argv: list[str], folder: Path) -> list[tuple[float, float]]:
 
 def step(bench: Bench) -> list[Row]:
     """An optimizer step of the reference model: 64 sequences of 256 tokens, in 4 micro-batches."""
-    peer = peer_step(bench.peer) if bench.peer else None
+    if peer := bench.peer and bench.elsewhere(peer_step, bench.peer):
+        peer()
     flops = train.flops_per_token(GPT(REFERENCE), REFERENCE.block_size) * BATCH * REFERENCE.block_size
     limit = [flops / bench.flops]
     return [
@@ -233,31 +240,36 @@ def our_step(**settings: object) -> Callable[[], None]:
         train.train_step(state.model, state, tokens, config, process)
         state.step += 1
 
+    take()  # the first one also reserves memory
     return take
 
 
-def peer_step(peer: Path) -> Callable[[], None]:
-    model = peer_model(peer)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-
-    def take() -> None:
-        for _ in range(4):
-            x = torch.randint(REFERENCE.vocab_size, (BATCH // 4, REFERENCE.block_size))
-            (model(x, x)[1] / 4).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return take
+@cache
+def peer_optimizer(peer: Path) -> torch.optim.Optimizer:
+    return peer_model(peer).configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
 
 
+def peer_step(peer: Path) -> None:
+    model, optimizer = peer_model(peer), peer_optimizer(peer)
+    for _ in range(4):
+        x = torch.randint(REFERENCE.vocab_size, (BATCH // 4, REFERENCE.block_size))
+        (model(x, x)[1] / 4).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def peer_sample(peer: Path, n: int) -> None:
+    peer_model(peer).eval().generate(torch.zeros(n, 1, dtype=torch.long), 500, temperature=0.8)
+
+
+@torch.inference_mode()  # as sample.py does it
 def sample(bench: Bench) -> list[Row]:
     """500 tokens from the reference model, one text and ten at once, its window of 256 tokens sliding."""
     model = GPT(REFERENCE)
     n_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
     pack(model)
-    peer = peer_model(bench.peer).eval() if bench.peer else None
-    hf = transformers_model()
+    hugging_face = importlib.util.find_spec("transformers")
     rows = []
     for n in (1, 10):
         idx = torch.zeros(n, 1, dtype=torch.long)
@@ -265,8 +277,8 @@ def sample(bench: Bench) -> list[Row]:
             bench.row(
                 f"sampling, reference model, {n} x 500 tokens",
                 lambda idx=idx: model.generate(idx, 500, temperature=0.8),
-                peer and (lambda idx=idx: peer.generate(idx, 500, temperature=0.8)),
-                hf and (lambda idx=idx: hf.generate(idx, do_sample=True, max_new_tokens=500, pad_token_id=0)),
+                bench.peer and bench.elsewhere(peer_sample, bench.peer, n),
+                hugging_face and bench.elsewhere(transformers_sample, n),
                 limit=[500 * n_bytes / bench.bandwidth],  # every token reads every weight once
                 amount=500 * n,
                 unit="tok/s",
@@ -275,23 +287,29 @@ def sample(bench: Bench) -> list[Row]:
     return rows
 
 
-def transformers_model() -> torch.nn.Module | None:
-    """The reference model in transformers, with a context of 512: its window does not slide."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        return None
+@cache
+def transformers_model() -> torch.nn.Module:
+    """The reference model in transformers, with a context of 512: its window cannot slide."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     shape = {"vocab_size": 65, "n_positions": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
     return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
 
 
+def transformers_sample(n: int) -> None:
+    idx = torch.zeros(n, 1, dtype=torch.long)
+    mask = torch.ones_like(idx)
+    transformers_model().generate(idx, attention_mask=mask, do_sample=True, max_new_tokens=500, pad_token_id=1)
+
+
 def prepare(bench: Bench, megabytes: int = 100) -> list[Row]:
     text = made_text(bench, megabytes)
+    folder = bench.peer and shutil.copytree(bench.peer / "data" / "shakespeare_char", bench.scratch / "peer_data")
     return [
         bench.row(
             f"prepare.py, {megabytes} MB of text",
             lambda: prepare_here(bench, text),
-            bench.peer and (lambda: prepare_as_peer(bench.peer, text)),
+            folder and (lambda: prepare_as_peer(folder, text)),
             amount=megabytes,
             unit="MB/s",
         )
@@ -307,7 +325,11 @@ def made_text(bench: Bench, megabytes: int) -> Path:
 
 def prepare_here(bench: Bench, text: Path) -> int:
     """Prepare the text in a process of its own; returns its largest memory in bytes, 0 where the system hides it."""
-    program = "import sys, prepare; prepare.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    program = """if True:
+        import os, sys, prepare
+        prepare.main(sys.argv[1:])
+        print(open("/proc/self/status").read() if os.path.exists("/proc/self/status") else "")
+    """
     argv = [sys.executable, "-c", program, "--dataset=made", f"--input={text}"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     status = subprocess.run(argv, cwd=bench.scratch, env=environment, check=True, capture_output=True, text=True).stdout

@@ -168,30 +168,27 @@ def test_when_one_process_is_killed_the_other_ends_with_one_line(dataset):
         _, errors = first.communicate(timeout=60)
     assert first.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("train.py:")] == [
-        "train.py: another process of this run has ended; the same command goes on from the last checkpoint"
+        "train.py: another process of this run has ended; --init_from=auto goes on from the last checkpoint"
     ]
     assert "Traceback" not in errors
 
 
 def test_an_error_of_one_process_is_said_by_it_and_ends_all(dataset):
-    """Process 1 reads a token that is not in the vocabulary; process 0 never sees it."""
+    """Process 1 reads a token that is not in the vocabulary; process 0 does not."""
     code = """if True:
         import os, sys, numpy as np, train
         from config import run
         train.SMALL = 0  # read each batch from disk
-        def send(rows, device, original=train.send):
-            if os.environ["RANK"] == "1":
-                open("data/shakespeare_char/train.bin", "wb").close()
-            return original(rows, device)
-        train.send = send
+        if os.environ["RANK"] == "1":
+            original = np.fromfile
+            np.fromfile = lambda *arguments: original(*arguments) | 4096
         run(train.main)
     """
     with start_two(*tiny(max_iters=10**6), program=["-c", code]) as (first, second):
         errors = [process.communicate(timeout=60)[1] for process in (first, second)]
     assert first.returncode == second.returncode == 1
-    assert "-c: data/shakespeare_char/train.bin became shorter while it was read: prepare the dataset anew" in "".join(
-        errors
-    )
+    assert re.search(r"^-c: data/shakespeare_char/\w+.bin has token id \d+; the vocabulary has", errors[1], re.M)
+    assert "-c: another process of this run has ended; --init_from=auto goes on" in errors[0]
     assert "Traceback" not in "".join(errors)
 
 
@@ -201,7 +198,7 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find torchrun's processes")
 def test_torchrun_starts_again_what_lost_a_process(dataset, capsys):
-    settings = {"max_iters": 400, "eval_interval": 20, "log_interval": 20, "dropout": 0.0, "init_from": "scratch"}
+    settings = {"max_iters": 400, "eval_interval": 20, "log_interval": 20, "dropout": 0.0}
     train_here(**settings, out_dir="whole")
     alone = losses(capsys.readouterr().out)
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--max_restarts=3"]
@@ -218,11 +215,16 @@ def test_torchrun_starts_again_what_lost_a_process(dataset, capsys):
     assert checkpoint()["step"] == 400
 
 
-def network_namespaces_work():
-    return sys.platform == "linux" and shutil.which("ip") and not subprocess.run(["unshare", "-n", "true"]).returncode
+def test_after_a_failure_scratch_does_not_overwrite_the_run(dataset, monkeypatch):
+    train_here(max_iters=10, init_from="scratch")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(
+        UserError, match=r"--init_from=scratch would overwrite out/ckpt.pt; without it, the run goes on"
+    ):
+        train_here(init_from="scratch")
+    assert checkpoint()["step"] == 10
 
 
-@pytest.mark.skipif(not network_namespaces_work(), reason="needs the right to make network namespaces")
 def test_two_machines_learn_what_one_process_learns(dataset, capsys):
     """Two hosts, each with a network of its own, joined by a virtual cable."""
     settings = {"max_iters": 20, "dropout": 0.0}
@@ -232,7 +234,8 @@ def test_two_machines_learn_what_one_process_learns(dataset, capsys):
     running = []
     with ExitStack() as both:
         for host in hosts:
-            subprocess.run(["ip", "netns", "add", host], check=True)
+            if not shutil.which("ip") or subprocess.run(["ip", "netns", "add", host], capture_output=True).returncode:
+                pytest.skip("needs the right to make network namespaces")
             both.callback(subprocess.run, ["ip", "netns", "del", host])
         first, second = hosts
         cable = f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}"
@@ -282,6 +285,16 @@ def test_on_a_full_disk_the_old_checkpoint_stays_and_with_space_the_run_goes_on(
     rest.unlink()
     train_here(**settings, lr_decay_iters=20)
     assert_same_end("out", "whole")
+
+
+def test_on_a_read_only_disk_nothing_is_lost_either(dataset, small_disk):
+    train_here(max_iters=10)
+    subprocess.run(["mount", "-o", "remount,ro", "out"], check=True)
+    with pytest.raises(OSError, match=r"Read-only file system: 'out/"):
+        train_here(max_iters=20)
+    subprocess.run(["mount", "-o", "remount,rw", "out"], check=True)
+    train_here(max_iters=20)
+    assert checkpoint()["step"] == 20
 
 
 def test_a_folder_that_vanishes_is_one_line_and_status_1(dataset):

@@ -43,10 +43,16 @@ tensors = st.builds(
 )
 
 
-def refused_or_done(work):
-    """Run it; only errors that end in one line may come."""
-    with contextlib.suppress(UserError, OSError):
-        work()
+def refused_or_done(*works):
+    """Run them; only errors that end in one line may come."""
+    for work in works:
+        with contextlib.suppress(UserError, OSError):
+            work()
+
+
+def sample_and_resume():
+    Path("out/best.pt").unlink(missing_ok=True)
+    refused_or_done(lambda: sample.main(["--max_new_tokens=2"]), lambda: train_here(max_iters=21))
 
 
 def places(tree, path=()):
@@ -76,11 +82,6 @@ def trained(dataset):
     return Path("out/ckpt.pt")
 
 
-def read_checkpoint():
-    train_here(max_iters=21)
-    sample.main(["--max_new_tokens=2"])
-
-
 @fuzz
 @given(data=st.data())
 def test_a_checkpoint_with_other_bytes(trained, data):
@@ -92,7 +93,7 @@ def test_a_checkpoint_with_other_bytes(trained, data):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
     trained.write_bytes(content)
-    refused_or_done(read_checkpoint)
+    sample_and_resume()
 
 
 @fuzz
@@ -104,7 +105,7 @@ def test_a_checkpoint_with_another_content(trained, data):
     content = checkpoint(good)
     path = data.draw(st.sampled_from(list(places(content))))
     torch.save(changed(content, path, data.draw(values | tensors), data.draw(st.booleans())), trained)
-    refused_or_done(read_checkpoint)
+    sample_and_resume()
 
 
 @fuzz
@@ -166,12 +167,37 @@ def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
             sample.main([])
 
 
-@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
-def test_an_optimizer_state_of_other_shapes_is_refused(trained, moment):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exp_avg", torch.zeros(2, 2)),
+        ("exp_avg_sq", torch.zeros(2, 2)),
+        ("step", torch.zeros(0)),  # found by test_a_checkpoint_with_another_content
+        ("more", torch.zeros(2)),
+    ],
+)
+def test_an_optimizer_state_of_other_shapes_is_refused(trained, name, value):
     content = checkpoint(trained)
-    content["optimizer"]["state"][1][moment] = torch.zeros(2, 2)
+    content["optimizer"]["state"][1][name] = value
     torch.save(content, trained)
     with pytest.raises(UserError, match="its optimizer state does not fit its weights"):
+        train_here(max_iters=21)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", -1), ("step", 1.5), ("best_val_loss", float("nan")), ("config", {}), ("tokenizer", [])]
+)
+def test_a_checkpoint_with_impossible_figures_is_refused(trained, name, value):
+    torch.save(checkpoint(trained) | {name: value}, trained)
+    with pytest.raises(UserError, match=r"^out/ckpt.pt (is not a usable checkpoint|holds another model)"):
+        train_here(max_iters=21)
+
+
+def test_a_run_without_its_optimizer_state_is_refused(trained):
+    content = checkpoint(trained)
+    content["optimizer"]["state"] = {}
+    torch.save(content, trained)
+    with pytest.raises(UserError, match=r"out/ckpt.pt is not a usable checkpoint"):
         train_here(max_iters=21)
 
 
@@ -188,9 +214,8 @@ def test_a_split_that_becomes_shorter_while_it_is_read_is_refused(dataset, monke
     assert checkpoint()["step"] == 0
 
 
-@pytest.mark.parametrize("small", [2**30, 0])
-def test_reading_from_disk_or_memory_is_the_same(dataset, monkeypatch, small):
+def test_reading_from_disk_or_memory_is_the_same(dataset, monkeypatch):
     train_here(out_dir="memory")
-    monkeypatch.setattr(train, "SMALL", small)
+    monkeypatch.setattr(train, "SMALL", 0)
     train_here(out_dir="disk")
     assert same(checkpoint("memory/ckpt.pt")["model"], checkpoint("disk/ckpt.pt")["model"])
