@@ -143,7 +143,8 @@ class TrainConfig:
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in shared})
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
+    """Train; returns the exit status of a run that a signal has stopped."""
     config = read(TrainConfig, argv)
     process = join_processes(config)
     meta = prepared_dataset(config.dataset, process)
@@ -171,12 +172,11 @@ def main(argv: list[str]) -> None:
                     if evaluating:
                         evaluate_and_save(state, splits, config, process, log)
         if dist.is_initialized():
-            dist.barrier()  # gloo may abort a process that leaves while another one still writes
-            dist.destroy_process_group()
+            dist.barrier()  # nobody leaves while another one still writes
     if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} goes on from there")
-        sys.exit(128 + stop)
+        return 128 + stop
     if not config.eval_only:
         process.say(f"best validation loss {state.best_val_loss:.4f}; try python sample.py --out_dir={config.out_dir}")
 

@@ -158,35 +158,37 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run a program: a user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback."""
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a program; `main` returns its exit status, None for 0.
+
+    A user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback.
+    """
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale, a model may say anything
     try:
-        main(sys.argv[1:])
+        status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
-        sys.exit(0)
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
+        status = 128 + 13
     except (MemoryError, RuntimeError) as error:
         said = "out of memory" if isinstance(error, MemoryError) else str(error)
         meanings = [meaning for words, meaning in BREAKDOWNS.items() if words in said]
         if not meanings:
             raise
-        fail(UserError(meanings[0]))
+        status = say(UserError(meanings[0]))
     except (UserError, OSError) as error:
-        fail(error)
+        status = say(error)
     except KeyboardInterrupt:
-        sys.exit(128 + 2)
-
-
-def fail(error: UserError | OSError) -> NoReturn:
-    """Say it and end. Under torchrun all processes of a machine come to the same UserError: one line will do."""
-    if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-    status = getattr(error, "status", 1)
+        status = 128 + 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort
+        os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort: 1 in 13 did
     sys.exit(status)
+
+
+def say(error: UserError | OSError) -> int:
+    """Say it; returns the exit status. Under torchrun all processes of a machine meet a UserError: one line will do."""
+    if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    return getattr(error, "status", 1)

@@ -114,9 +114,7 @@ def test_a_second_signal_ends_the_run_at_once():
 
 def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, monkeypatch):
     monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        train_here(init_from="scratch")
-    assert ended.value.code == 143
+    assert train.main(tiny(init_from="scratch")) == 143
     assert "the same command without --init_from goes on from there" in capsys.readouterr().out
 
 

@@ -156,7 +156,7 @@ def test_mistakes(trained, arguments, message):
         ({"tokenizer": "char", "vocab_size": 2, "chars": "ab"}, "ValueError: 2 characters for a vocabulary of 21"),
         ({"tokenizer": "char", "vocab_size": 21, "chars": "ab"}, "ValueError: chars must be as many different"),
         ({"tokenizer": "char"}, "KeyError: 'chars'"),
-        (None, "TypeError: 'NoneType' object is not subscriptable"),
+        (None, "ValueError: tokenizer is None"),
     ],
 )
 def test_a_checkpoint_with_a_wrong_tokenizer_is_refused(trained, tokenizer, problem):
