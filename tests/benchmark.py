@@ -65,12 +65,17 @@ class Row:
 
     def figure(self, seconds: list[float]) -> str:
         figures = sorted(self.amount / s if self.amount else s for s in seconds)
-        spread = f" ({figures[0]:.3g} to {figures[-1]:.3g})" if len(figures) > 1 else ""
-        return f"{statistics.median(figures):.3g} {self.unit}{spread}" if figures else ""
+        spread = f" ({short(figures[0])} to {short(figures[-1])})" if len(figures) > 1 else ""
+        return f"{short(statistics.median(figures))} {self.unit}{spread}" if figures else ""
 
     def times(self, seconds: list[float]) -> str:
         """How many times as long it takes there."""
         return f": {statistics.median(seconds) / statistics.median(self.here):.2f}x" if seconds else ""
+
+
+def short(figure: float) -> str:
+    """Three digits: 0.0123, 12.3, 12,300."""
+    return f"{float(f'{figure:.3g}'):,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
 @dataclass

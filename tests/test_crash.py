@@ -120,8 +120,9 @@ def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, m
 
 def test_a_run_whose_weights_are_not_finite_is_not_saved_when_it_is_stopped(dataset, monkeypatch):
     def poisoned(model, state, *rest, original=train.train_step):
-        torch.nn.init.constant_(state.model.lm_head.weight, torch.nan)
-        monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+        if state.step == 3:  # between two looks at the figures
+            torch.nn.init.constant_(state.model.lm_head.weight, torch.nan)
+            monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
         return original(model, state, *rest)
 
     monkeypatch.setattr(train, "train_step", poisoned)
