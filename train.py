@@ -122,6 +122,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
+        if not self.out_dir:
+            raise ValueError("out_dir is empty: it must name a folder")
         dataset_folder(self.dataset)
         self.model_config(vocab_size=1)
 

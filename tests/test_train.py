@@ -714,6 +714,7 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--lr_decay_iters=-5"], "lr_decay_iters must be at least 1, found -5"),
         (["--seed=18446744073709551616"], "seed must be at least 0 and below 2^63, found 18446744073709551616"),
         (["--seed=-1"], "seed must be at least 0 and below 2^63, found -1"),
+        (["--out_dir="], "out_dir is empty: it must name a folder"),
         (["--gradient_accumulation_steps=3"],
          "batch_size (64) must be divisible by the number of processes (1) x gradient_accumulation_steps (3)"),
         (["--device=gpu"], "there is no device 'gpu'; there is cpu"),
