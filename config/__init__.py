@@ -11,6 +11,7 @@ import difflib
 import os
 import runpy
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -188,7 +189,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def say(error: UserError | OSError) -> int:
-    """Say it; returns the exit status. Under torchrun all processes of a machine meet a UserError: one line will do."""
+    """Say it; returns the exit status. Under torchrun all processes of a machine meet a UserError: one says it."""
     if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    else:
+        time.sleep(5)  # for torchrun ends all when the first one ends: that one must have spoken
     return getattr(error, "status", 1)
