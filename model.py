@@ -7,9 +7,13 @@ writing included; GPT and Bigram.
 Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -263,7 +267,7 @@ def sample_token(
 
 
 class GPT(LanguageModel):
-    """Decoder-only Transformer. State-dict names are GPT-2's."""
+    """Decoder-only Transformer. State-dict names are GPT-2's, so weights move to and from other programs by name."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -294,6 +298,77 @@ class GPT(LanguageModel):
         for layer, block in enumerate(self.transformer.h):
             x = block(x, caches[layer] if caches else None)
         return self.transformer.ln_f(x)
+
+    def crop(self, block_size: int) -> None:
+        """Forget the positions from `block_size` on. Raises ValueError when there are not so many."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size ({block_size}) is more than the model's ({self.config.block_size})")
+        self.config = replace(self.config, block_size=block_size)
+        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size], freeze=False)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
+        """The weights of a GPT-2 in Hugging Face's format: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder.
+
+        Raises OSError when they cannot be had, ValueError for another architecture, ImportError without transformers.
+        """
+        transformers = hugging_face()
+        theirs = transformers.AutoConfig.from_pretrained(name_or_folder)
+        for name, expected in GPT2.items():
+            if (found := getattr(theirs, name, None)) not in expected:
+                raise ValueError(f"{name_or_folder} is not like GPT-2: its {name} is {found!r}, not {expected[0]!r}")
+        if theirs.n_inner not in (None, 4 * theirs.n_embd):
+            raise ValueError(f"{name_or_folder} is not like GPT-2: its n_inner is {theirs.n_inner}, not 4 n_embd")
+        weights = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder).float().state_dict()
+        sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
+        model = cls(GPTConfig(*sizes, dropout))
+        model.load_state_dict(transposed(weights))
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder` in Hugging Face's format, for transformers' AutoModelForCausalLM; absent biases become zeros.
+
+        Raises ValueError for a GPT with a part left out, ImportError without transformers.
+        """
+        transformers = hugging_face()
+        config = self.config
+        if not (config.feed_forward and config.residual and config.layer_norm):
+            raise ValueError("only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm")
+        shared = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+        no_tokens = {"bos_token_id": None, "eos_token_id": None}  # this model knows no token that ends a text
+        theirs = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_positions=config.block_size, **shared, **dropouts, **no_tokens)
+        )
+        biases = {name: torch.zeros_like(p) for name, p in theirs.named_parameters() if name.endswith("bias")}
+        theirs.load_state_dict(biases | transposed(self.state_dict()))
+        theirs.save_pretrained(folder)
+
+
+# What a GPT-2 of Hugging Face may be set to, where it is the model above.
+GPT2 = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+
+
+def hugging_face() -> ModuleType:
+    """transformers, which nothing else here needs."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"Hugging Face's format needs transformers ({error}): pip install transformers") from None
+    return transformers
+
+
+def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights between here and there: blocks of theirs multiply by W, those above by the transpose of W."""
+    return {name: w.T if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}
 
 
 class Bigram(LanguageModel):

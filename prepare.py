@@ -1,10 +1,11 @@
-"""Text to tokens: fetch a text, number its characters, write data/<dataset>/{input.txt,train.bin,val.bin,meta.json}.
+"""Text to tokens: fetch a text, number its parts, write data/<dataset>/{input.txt,train.bin,val.bin,meta.json}.
 
 Knows text and files; knows nothing of models. Works in pieces, so that memory does not grow with the text.
 
     python prepare.py                                     Tiny Shakespeare
     python prepare.py --dataset=mine --input=mine.txt     any UTF-8 text
     python prepare.py --dataset=stdlib_char               the source of Python's standard library: no network needed
+    python prepare.py --dataset=mine --input=mine.txt --tokenizer=bpe --vocab_size=512     tokens, not characters
 """
 
 import codecs
@@ -16,16 +17,16 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from config import ConfigError, UserError, key, read, run
+from config import ConfigError, UserError, extra, key, read, run
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -33,6 +34,10 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 TOKEN = np.dtype("<u2")  # a .bin is nothing but these: little-endian uint16, the layout that nanoGPT uses too
 MAX_VOCAB_SIZE = 2**16
 PIECE = 2**20  # bytes of text in memory at a time
+PART = 2**14  # characters that one thread encodes at a time
+# Where a tokenizer surely divides a text: after the letter or digit that ends a word.
+WORD_END = r"(?<=[^\W_])(?=[ \n])"
+PARTS = re.compile(rf"(?s).{{1,{PART}}}\Z|.{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
 
@@ -45,10 +50,22 @@ class PrepareConfig:
     input: str | None = key(None, "a file to prepare: any UTF-8 text")
     url: str | None = key(None, "a text to download and prepare")
     val_fraction: float = key(0.1, "share of the tokens kept for validation: the last ones")
-    tokenizer: Literal["char"] = key("char", "what a token is")
+    tokenizer: str = key(
+        "auto",
+        "char, bpe, gpt2 or the path of a tokenizer.json; auto: gpt2 for a dataset whose name ends so, else char",
+    )
+    vocab_size: int = key(512, "tokens that --tokenizer=bpe learns")
 
     def __post_init__(self):
         dataset_folder(self.dataset)
+        if self.tokenizer == "auto":
+            self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
+        if self.tokenizer not in ("char", "bpe", "gpt2") and not self.tokenizer.endswith(".json"):
+            raise ValueError(f"tokenizer must be char, bpe, gpt2 or a tokenizer.json, found {self.tokenizer!r}")
+        if not 256 <= self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size must be from 256, a token a byte, to {MAX_VOCAB_SIZE}, found {self.vocab_size}"
+            )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, found {self.val_fraction}")
         if self.input and self.url:
@@ -63,16 +80,13 @@ def prepare(config: PrepareConfig) -> None:
     """Fetch the text and write the dataset; meta.json comes last, so a folder that has one is complete."""
     folder = dataset_folder(config.dataset)
     source = fetch(config, folder / "input.txt")
-    tokenizer, n_tokens, sha256 = survey(folder / "input.txt")
-    (folder / "meta.json").unlink(missing_ok=True)
-    n_train = int(n_tokens * (1 - config.val_fraction))
-    encode_file(tokenizer, folder / "input.txt", n_train)
-    counts = {"train_tokens": n_train, "val_tokens": n_tokens - n_train}
-    meta = tokenizer.to_dict() | counts | {"source": source, "sha256": sha256}
+    tokenizer = make_tokenizer(config, folder / "input.txt")
+    facts = encode_file(tokenizer, folder / "input.txt", config.val_fraction)
+    meta = tokenizer.to_dict() | facts | {"source": source}
     with replacing(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
     print(
-        f"{folder}: {tokenizer.vocab_size} characters, "
+        f"{folder}: {tokenizer.vocab_size:,} {'characters' if config.tokenizer == 'char' else 'tokens'}, "
         f"{meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} validation tokens"
     )
 
@@ -101,7 +115,7 @@ def fetch(config: PrepareConfig, path: Path) -> str:
         return config.url
     if path.exists():
         return str(path)
-    if config.dataset == "shakespeare_char":
+    if config.dataset in ("shakespeare_char", "shakespeare_gpt2"):
         download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
         return SHAKESPEARE_URL
     if config.dataset == "stdlib_char":
@@ -162,46 +176,59 @@ def collect_stdlib(path: Path) -> str:
     return f"the standard library of Python {sys.version.split()[0]}"
 
 
-def read_pieces(path: Path) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yield the file piece by piece: its bytes, and the code points (uint32) of the characters that end in them."""
+def read_pieces(path: Path) -> Iterator[str]:
+    """Yield the text piece by piece, each up to where its last word ends. Raises UserError if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
+    text, data = "", None
     with open(path, "rb") as file:
-        while True:
+        while data != b"":
             data = file.read(PIECE)
             try:
-                yield data, code_points(decoder.decode(data, final=not data))
+                text += decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 at = file.tell() - len(error.object) + error.start
                 raise UserError(f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#x}") from None
-            if not data:
-                return
+            end = last_word_end(text) if data else len(text)
+            yield text[:end]
+            text = text[end:]
 
 
-def survey(path: Path) -> tuple["CharTokenizer", int, str]:
-    """Read the text once: its tokenizer, how many tokens it has, its sha256."""
-    seen, n_tokens, digest = np.zeros(sys.maxunicode + 1, bool), 0, hashlib.sha256()
-    for data, points in read_pieces(path):
-        counts = np.bincount(points)  # takes half as long as seen[points] = True
-        seen[: len(counts)] |= counts > 0
-        n_tokens += len(points)
-        digest.update(data)
-    if not n_tokens:
-        raise UserError(f"{path} is empty: there is nothing to learn from")
-    if seen.sum() > MAX_VOCAB_SIZE:
-        raise UserError(
-            f"{path} has {seen.sum():,} distinct characters; uint16 tokens can tell {MAX_VOCAB_SIZE:,} apart"
-        )
-    return CharTokenizer(characters(np.flatnonzero(seen))), n_tokens, digest.hexdigest()
+def last_word_end(text: str) -> int:
+    """Where to divide a text so that its tokens stay the same; its end where no word ends near that."""
+    start = max(0, len(text) - PART)
+    ends = [match.end() for match in re.finditer(WORD_END, text[start:])]
+    return start + ends[-1] if ends else len(text)
 
 
-def encode_file(tokenizer: "CharTokenizer", path: Path, n_train: int) -> None:
-    """Write the first `n_train` tokens of the text to train.bin and the rest to val.bin beside it."""
+def encode_file(tokenizer: "Tokenizer", path: Path, val_fraction: float) -> dict[str, Any]:
+    """Write the tokens of the text to train.bin beside it, and the last of them to val.bin; returns facts of both."""
+    digest, counts = hashlib.sha256(), [(0, 0)]  # tokens and bytes of every piece
     with replacing(path.with_name("train.bin")) as train, replacing(path.with_name("val.bin")) as val:
-        for _, points in read_pieces(path):
-            tokens = tokenizer.encode_points(points)
-            train.write(tokens[:n_train])
-            val.write(tokens[n_train:])
-            n_train = max(0, n_train - len(tokens))
+        for text in read_pieces(path):
+            data, ids = text.encode(), tokenizer.encode(text)
+            if len(counts) == 1 and tokenizer.decode(ids) != text:
+                raise UserError(f"the tokens of {path} do not give back its text: take another --tokenizer")
+            digest.update(data)
+            counts.append((len(ids), len(data)))
+            train.write(ids)
+        ends = np.cumsum(counts, axis=0)
+        n_tokens, n_bytes = ends[-1].tolist()
+        if not n_tokens:
+            raise UserError(f"{path} is empty: there is nothing to learn from")
+        n_train = int(n_tokens * (1 - val_fraction))
+        token_end, byte_end = ends[np.searchsorted(ends[:, 0], n_train)].tolist()  # of the piece that is divided
+        train.seek(n_train * TOKEN.itemsize)
+        divided = tokenizer.decode(np.frombuffer(train.read((token_end - n_train) * TOKEN.itemsize), TOKEN))
+        train.seek(n_train * TOKEN.itemsize)
+        shutil.copyfileobj(train, val, PIECE)
+        train.truncate(n_train * TOKEN.itemsize)
+        path.with_name("meta.json").unlink(missing_ok=True)  # until the new one, the folder is not complete
+    return {
+        "train_tokens": n_train,
+        "val_tokens": n_tokens - n_train,
+        "val_bytes": n_bytes - byte_end + len(divided.encode()),
+        "sha256": digest.hexdigest(),
+    }
 
 
 @contextmanager
@@ -210,7 +237,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -237,13 +264,10 @@ class CharTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (uint16). Raises ValueError that names the first character outside the vocabulary."""
-        return self.encode_points(code_points(text))
-
-    def encode_points(self, points: np.ndarray) -> np.ndarray:
-        ids = self.id_of.take(points)
+        ids = self.id_of.take(code_points(text))
         if len(ids) and ids.min() < 0:
             at = int(np.argmax(ids < 0))
-            raise ValueError(f"character {chr(points[at])!r} at position {at} is not in the vocabulary")
+            raise ValueError(f"character {text[at]!r} at position {at} is not in the vocabulary")
         return ids.astype(TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -252,15 +276,135 @@ class CharTokenizer:
     def to_dict(self) -> dict:
         return {"tokenizer": "char", "vocab_size": self.vocab_size, "chars": self.chars}
 
+    def to_library(self) -> Any:
+        """The same as a Tokenizer of Hugging Face's library `tokenizers`."""
+        tokenizers = extra("tokenizers")
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel({char: id for id, char in enumerate(self.chars)}))
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        library.decoder = tokenizers.decoders.Fuse()
+        return library
 
-def tokenizer_of(facts: dict) -> CharTokenizer:
+
+class SubwordTokenizer:
+    """What Hugging Face's library `tokenizers` makes of a text: GPT-2's tokens, a BPE learned here, any tokenizer.json.
+
+    `library` is its Tokenizer, or its whole tokenizer.json. Raises ValueError for one that cannot be used.
+    """
+
+    def __init__(self, name: str, library: Any):
+        tokenizers = extra("tokenizers")
+        try:
+            self.library = tokenizers.Tokenizer.from_str(library) if isinstance(library, str) else library
+        except Exception as error:
+            raise ValueError(f"it is no tokenizer.json: {error}") from None
+        self.name = name
+        self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"it has {self.vocab_size:,} tokens; uint16 can tell {MAX_VOCAB_SIZE:,} apart")
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids (uint16); a long text is divided among all cores."""
+        encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
+        return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self.library.decode(ids.tolist(), skip_special_tokens=False)
+
+    def to_dict(self) -> dict:
+        return {"tokenizer": self.name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
+
+    def to_library(self) -> Any:
+        return self.library
+
+
+Tokenizer = CharTokenizer | SubwordTokenizer
+
+
+def make_tokenizer(config: PrepareConfig, text: Path) -> Tokenizer:
+    """The tokenizer that the config names; `char` and `bpe` are made for the text."""
+    if config.tokenizer == "char":
+        return all_characters(text)
+    if config.tokenizer == "bpe":
+        return learned_bpe(text, config.vocab_size)
+    if config.tokenizer == "gpt2":
+        return tokenizer_of({"tokenizer": "gpt2"})
+    try:
+        return SubwordTokenizer(config.tokenizer, Path(config.tokenizer).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
+
+
+def all_characters(path: Path) -> CharTokenizer:
+    """Read the text once for the characters that it has."""
+    seen = np.zeros(sys.maxunicode + 1, bool)
+    for text in read_pieces(path):
+        counts = np.bincount(code_points(text))  # takes half as long as seen[points] = True
+        seen[: len(counts)] |= counts > 0
+    if seen.sum() > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"{path} has {seen.sum():,} distinct characters; uint16 tokens can tell {MAX_VOCAB_SIZE:,} apart"
+        )
+    return CharTokenizer(characters(np.flatnonzero(seen)))
+
+
+def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
+    """Byte-pair encoding of the text (Sennrich et al., 2016), from single bytes up as in GPT-2, so of any text."""
+    tokenizers = extra("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    )
+    library.train_from_iterator(read_pieces(path), trainer)
+    return SubwordTokenizer("bpe", library)
+
+
+def tokenizer_of(facts: dict) -> Tokenizer:
     """The tokenizer that meta.json or a checkpoint describes. Raises UserError if unknown, ValueError if damaged."""
-    if facts["tokenizer"] != "char":
-        raise UserError(f"tokenizer {facts['tokenizer']!r} is not supported; there is 'char'")
-    chars = facts["chars"]
-    if not isinstance(chars, str) or not len(set(chars)) == len(chars) == facts["vocab_size"]:
-        raise ValueError("chars must be as many different characters as vocab_size says")
-    return CharTokenizer(chars)
+    name = facts["tokenizer"]
+    if name == "char":
+        chars = facts["chars"]
+        if not isinstance(chars, str) or not len(set(chars)) == len(chars) == facts["vocab_size"]:
+            raise ValueError("chars must be as many different characters as vocab_size says")
+        return CharTokenizer(chars)
+    if isinstance(facts.get("json"), str):
+        return SubwordTokenizer(name, facts["json"])
+    if name != "gpt2":
+        raise UserError(
+            f"tokenizer {name!r} is not supported; there are 'char', 'gpt2' and any with its tokenizer.json"
+        )
+    try:
+        return SubwordTokenizer("gpt2", extra("tokenizers").Tokenizer.from_pretrained("gpt2"))
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"cannot get GPT-2's tokenizer from the Hugging Face hub ({type(error).__name__}); "
+            "prepare.py --tokenizer=FILE takes its tokenizer.json"
+        ) from None
+
+
+def first_token(tokenizer: Tokenizer) -> int:
+    """What a text without a beginning begins with: a line break, or what comes closest."""
+    try:
+        return int(tokenizer.encode("\n")[0])
+    except (ValueError, IndexError):
+        return 0
+
+
+def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come; a character may take several of them."""
+    before, new = [], []
+    for id in ids:
+        new.append(id)
+        text = tokenizer.decode(np.array(before + new))[len(tokenizer.decode(np.array(before, int))) :]
+        if text and not text.endswith("\ufffd"):  # which stands for bytes that are no character yet
+            yield text
+            before, new = new, []
+    if new:
+        yield tokenizer.decode(np.array(before + new))[len(tokenizer.decode(np.array(before, int))) :]
 
 
 def code_points(text: str) -> np.ndarray:
@@ -281,6 +425,8 @@ def load_meta(dataset: str) -> dict:
         meta = json.loads(path.read_bytes())
         if meta["tokenizer"] == "char":  # any other one is of no concern before there is a text to encode
             tokenizer_of(meta)
+        if type(meta.get("val_bytes", 1)) is not int or meta.get("val_bytes", 1) < 1:
+            raise ValueError(f"val_bytes must be at least 1, found {meta['val_bytes']}")
         if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, found {meta['vocab_size']}")
         return meta

@@ -4,6 +4,8 @@ Reads out_dir and nothing else: a checkpoint carries its tokenizer.
 
     python sample.py --out_dir=out --start="ROMEO:"
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=5 --temperature=0.8
+    python sample.py --init_from=gpt2 --start="The answer is"
+    python sample.py --out_dir=out --save_pretrained=FOLDER      the model for Hugging Face's transformers, instead
 """
 
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, key, read, run
-from prepare import CharTokenizer, tokenizer_of
-from train import choose_device, keep_freed_memory, load_checkpoint, model_of, unusable
+from config import ConfigError, UserError, extra, key, read, run
+from model import GPT, LanguageModel
+from prepare import SubwordTokenizer, Tokenizer, decoded_stream, first_token, tokenizer_of
+from train import GPT2_NAMES, choose_device, keep_freed_memory, load_checkpoint, model_of, pretrained, unusable
 
 
 @dataclass
@@ -24,6 +27,11 @@ class SampleConfig:
     """Continue a text with a trained model."""
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
+    init_from: str | None = key(
+        None,
+        "instead of out_dir's: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint",
+    )
+    save_pretrained: str | None = key(None, "write the model to this folder in Hugging Face's format, and no text")
     start: str | None = key(
         None, "the text to continue, or FILE:path of one; None: a line break, or what comes closest"
     )
@@ -51,18 +59,13 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     config = read(SampleConfig, argv)
     device = choose_device(config.device)
-    path = find_checkpoint(Path(config.out_dir))
-    checkpoint = load_checkpoint(path)
-    model = model_of(checkpoint, path).to(device)
+    model, tokenizer = load(config)
+    if config.save_pretrained:
+        return save_pretrained(model, tokenizer, config.save_pretrained)
+    model.to(device)
     if device.type == "cpu":
         keep_freed_memory()
         pack(model)
-    try:
-        tokenizer = tokenizer_of(checkpoint["tokenizer"])
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size} characters for a vocabulary of {model.config.vocab_size}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise unusable(path, error) from None
     idx = torch.from_numpy(prompt(config.start, tokenizer)).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     choices = {
         "temperature": config.temperature,
@@ -71,12 +74,55 @@ def main(argv: list[str]) -> None:
         "generator": torch.Generator(device).manual_seed(config.seed),
     }
     if config.num_samples == 1:  # appears as it is made
-        for tokens in chain([idx], model.stream(idx, config.max_new_tokens, **choices)):
-            print(tokenizer.decode(tokens[0].cpu().numpy()), end="", flush=True)
+        tokens = chain(idx[0].tolist(), (token.item() for token in model.stream(idx, config.max_new_tokens, **choices)))
+        for text in decoded_stream(tokenizer, tokens):
+            print(text, end="", flush=True)
         print()
     else:
         texts = (tokenizer.decode(row) for row in model.generate(idx, config.max_new_tokens, **choices).cpu().numpy())
         print("\n---------------\n".join(texts))
+
+
+def load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
+    """The model of `init_from`, or of the checkpoint in out_dir, and its tokenizer."""
+    if config.init_from and not Path(config.init_from).is_file():
+        model, _ = pretrained(config.init_from)
+        return model, tokenizer_beside(config.init_from)
+    path = Path(config.init_from) if config.init_from else find_checkpoint(Path(config.out_dir))
+    checkpoint = load_checkpoint(path)
+    model = model_of(checkpoint, path)
+    try:
+        tokenizer = tokenizer_of(checkpoint["tokenizer"])
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise unusable(path, error) from None
+    return model, tokenizer
+
+
+def tokenizer_beside(name_or_folder: str) -> Tokenizer:
+    """The tokenizer of a model in Hugging Face's format: the folder's tokenizer.json, or GPT-2's for its names."""
+    if name_or_folder in GPT2_NAMES and not Path(name_or_folder).exists():
+        return tokenizer_of({"tokenizer": "gpt2"})
+    path = Path(name_or_folder) / "tokenizer.json"
+    try:
+        return SubwordTokenizer(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the model's tokenizer: {path}: {error}") from None
+
+
+def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: str) -> None:
+    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer."""
+    if not isinstance(model, GPT):
+        raise ConfigError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
+    try:
+        model.save_pretrained(folder)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    extra("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.to_library(), clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
+    print(f'{folder}: open it with transformers.pipeline("text-generation", model="{folder}")')
 
 
 class PackedLinear(nn.Module):
@@ -114,10 +160,10 @@ def find_checkpoint(out_dir: Path) -> Path:
     raise ConfigError(f"there is no checkpoint in {out_dir}; {hint}")
 
 
-def prompt(start: str | None, tokenizer: CharTokenizer) -> np.ndarray:
+def prompt(start: str | None, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids (T,) of the text to continue. Raises ConfigError for one that cannot be read."""
     if start is None:
-        return np.array([max(tokenizer.chars.find("\n"), 0)])
+        return np.array([first_token(tokenizer)])
     if start.startswith("FILE:"):
         try:
             start = Path(start.removeprefix("FILE:")).read_bytes().decode()

@@ -34,9 +34,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError, UserError, key, read, run
+from config import ConfigError, UserError, did_you_mean, extra, key, read, run
 from model import GPT, Bigram, CausalSelfAttention, GPTConfig, LanguageModel
-from prepare import TOKEN, PrepareConfig, dataset_folder, load_meta, prepare, replacing, token_file
+from prepare import (
+    TOKEN,
+    PrepareConfig,
+    dataset_folder,
+    first_token,
+    load_meta,
+    prepare,
+    replacing,
+    token_file,
+    tokenizer_of,
+)
 
 try:
     import fcntl
@@ -44,6 +54,10 @@ except ImportError:  # on Windows nothing keeps two runs apart
     fcntl = None
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
+STARTS = ("auto", "scratch", "resume")  # init_from is one of these or says whose weights to begin with
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SHAPE = ("n_layer", "n_head", "n_embd", "bias", "feed_forward", "residual", "layer_norm")
+TOKENIZER = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json says of it, and a checkpoint too
 CHECKPOINT = {
     "model": dict,
     "model_config": dict,
@@ -69,7 +83,11 @@ class TrainConfig:
 
     out_dir: str = key("out", "folder for checkpoints and log")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
-    init_from: Literal["auto", "scratch", "resume"] = key("auto", "auto: resume where out_dir has a checkpoint")
+    init_from: str = key(
+        "auto",
+        "auto: resume where out_dir has a checkpoint; scratch; resume; or, for a new run, whose weights to begin with: "
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint file, nanoGPT's too",
+    )
 
     model: Literal["gpt", "bigram"] = key("gpt", "what to train")
     n_layer: int = key(6, "blocks")
@@ -106,6 +124,7 @@ class TrainConfig:
         "auto", "of matrix products; auto: the fastest safe one"
     )
     compile: Literal["auto"] | bool = key("auto", "torch.compile the model; auto: on cuda")
+    tensorboard: bool = key(False, "also write the curves, the settings and samples for TensorBoard to out_dir")
 
     def __post_init__(self):
         counts = ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval", "log_interval")
@@ -122,6 +141,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
+        if self.init_from not in STARTS + GPT2_NAMES and not Path(self.init_from).exists():
+            raise ValueError(
+                f"init_from must be {', '.join(STARTS + GPT2_NAMES)}, a folder in Hugging Face's format or a "
+                f"checkpoint file, found {self.init_from!r}{did_you_mean(self.init_from, STARTS + GPT2_NAMES)}"
+            )
         if not self.out_dir:
             raise ValueError("out_dir is empty: it must name a folder")
         dataset_folder(self.dataset)
@@ -248,6 +272,7 @@ class Tokens:
                 "lower --block_size or prepare a longer text"
             )
         self.vocab_size = meta["vocab_size"]
+        self.n_bytes = meta.get(f"{split}_bytes")  # of its text, where that is known
         self.device = device
         self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (read as long as this object lives)
         small = self.n_tokens * TOKEN.itemsize < SMALL
@@ -324,7 +349,9 @@ def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConf
     train_loss, val_loss = (
         evaluate(state.model, splits[split], n_tokens, config, process) for split in ("train", "val")
     )
-    log.evaluation(state.step, train_loss, val_loss)
+    n_bytes = splits["val"].n_bytes  # of text: what tokenizers of every kind can be compared by
+    bits_per_byte = val_loss / math.log(2) * len(splits["val"]) / n_bytes if n_bytes else None
+    log.evaluation(state.step, train_loss, val_loss, bits_per_byte)
     if not math.isfinite(val_loss):
         raise diverged(f"validation loss is {val_loss}", state.step, config)
     better = val_loss < state.best_val_loss
@@ -378,8 +405,14 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     tokenizer: dict
+    init_from: str = "auto"  # what the run began with
     step: int = 0
     best_val_loss: float = math.inf
+
+    def settings(self, config: TrainConfig) -> dict:
+        """The config, with the shape that the model really has: it may be that of the weights it began with."""
+        settings = asdict(config) | {"init_from": self.init_from}
+        return settings | {name: value for name, value in asdict(self.model.config).items() if name in settings}
 
     def save(self, path: Path, config: TrainConfig, to_resume: bool = False) -> None:
         """Write what `sample.py` needs; to resume, the optimizer too."""
@@ -389,7 +422,7 @@ class State:
             "model_config": asdict(self.model.config),
             "step": self.step,
             "best_val_loss": self.best_val_loss,
-            "config": asdict(config),
+            "config": self.settings(config),
             "tokenizer": self.tokenizer,
         }
         if to_resume:
@@ -399,28 +432,36 @@ class State:
 
 
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
-    """A new model and optimizer, or those of out_dir/ckpt.pt. Raises ConfigError when that holds another model."""
+    """The state of out_dir/ckpt.pt, or a new one. Raises ConfigError when its model does not fit config or dataset."""
     path = config.path("ckpt.pt")
     checkpoint = find_checkpoint(path, config.init_from)
     if process.from_rank_0(lambda: checkpoint and checkpoint["step"]) != (checkpoint and checkpoint["step"]):
         raise UserError(f"{path} is not the same on every machine: all must see the same folder")
-    model_config = config.model_config(meta["vocab_size"])
-    tokenizer = {name: meta[name] for name in ("tokenizer", "vocab_size", "chars") if name in meta}
+    init_from = checkpoint["config"].get("init_from") if checkpoint else config.init_from
+    tokenizer = {name: meta[name] for name in TOKENIZER if name in meta}
+    wanted = {"model": config.model, **asdict(config.model_config(meta["vocab_size"])), **tokenizer}
     if checkpoint:
-        wanted = {"model": config.model, **asdict(model_config), **tokenizer}
-        found = {"model": checkpoint["config"].get("model"), **checkpoint["model_config"], **checkpoint["tokenizer"]}
-        if differences := changes(found | {"dropout": config.dropout}, wanted):
+        model, found_tokenizer = model_of(checkpoint, path, config.dropout), checkpoint["tokenizer"]
+    elif init_from in STARTS:
+        torch.manual_seed(config.seed)
+        model, found_tokenizer = MODELS[config.model](config.model_config(meta["vocab_size"])), tokenizer
+    else:
+        model, found_tokenizer = pretrained(init_from, config.dropout, config.block_size)
+    found = {"model": {GPT: "gpt", Bigram: "bigram"}[type(model)], **asdict(model.config), **found_tokenizer}
+    if init_from not in STARTS:  # then the shape is that of the weights, whatever config says
+        wanted |= {name: found[name] for name in SHAPE}
+    if config.init_from not in STARTS:
+        found, wanted = found | {"init_from": init_from}, wanted | {"init_from": config.init_from}
+    if differences := changes(found, {name: wanted[name] for name in wanted if name in found}):
+        if checkpoint:
             raise ConfigError(
                 f"{path} holds another model ({differences}): take another --out_dir or --init_from=scratch"
             )
-        model = model_of(checkpoint, path, config.dropout)
-    else:
-        torch.manual_seed(config.seed)
-        model = MODELS[config.model](model_config)
+        raise ConfigError(f"{init_from} does not fit these settings and data/{config.dataset} ({differences})")
     model.to(process.device)
     # Small float16 gradients would vanish without a scale; the other types need none.
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    state = State(model, adamw(model, config), scaler, tokenizer)
+    state = State(model, adamw(model, config), scaler, tokenizer, init_from)
     if checkpoint:
         try:
             groups = state.optimizer.state_dict()["param_groups"]  # this config's, not the old one's
@@ -436,8 +477,10 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         except Exception as error:
             raise unusable(path, error) from None
         state.step, state.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
-        changed = changes(checkpoint["config"], asdict(config) | {"init_from": checkpoint["config"].get("init_from")})
+        changed = changes(checkpoint["config"], state.settings(config))
         process.say(f"going on from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
+    elif init_from not in STARTS:
+        process.say(f"starting from {init_from}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     process.say(f"{n_parameters / 1e6:.2f}M parameters on {process}")
     if state.step >= config.max_iters and not config.eval_only:
@@ -448,11 +491,14 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
 def find_checkpoint(path: Path, init_from: str) -> dict | None:
     if init_from == "scratch" and was_restarted() and path.exists():
         raise ConfigError(f"after a failure --init_from=scratch would overwrite {path}; without it, the run goes on")
-    if init_from == "scratch" or (init_from == "auto" and not path.exists()):
+    if init_from == "scratch" or (init_from != "resume" and not path.exists()):
         return None
     if not path.exists():
         raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
-    return load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise ConfigError(f"{path} holds weights only: begin with them by --init_from={path} and another --out_dir")
+    return checkpoint
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -462,6 +508,8 @@ def load_checkpoint(path: Path) -> dict:
             if damaged := container.testzip():  # torch itself does not look at the checksums
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "model_args" in checkpoint:
+            checkpoint = from_nanogpt(checkpoint)
         if checkpoint["format"] != 1:
             raise ValueError(f"format {checkpoint['format']}, expected 1")
         for name, kind in CHECKPOINT.items():
@@ -470,10 +518,58 @@ def load_checkpoint(path: Path) -> dict:
         if checkpoint["step"] < 0 or math.isnan(checkpoint["best_val_loss"]):
             raise ValueError(f"step {checkpoint['step']}, best_val_loss {checkpoint['best_val_loss']}")
         return checkpoint
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # whatever a damaged or hostile file sets off
         raise unusable(path, error) from None
+
+
+def from_nanogpt(theirs: dict) -> dict:
+    """A checkpoint of nanoGPT in the form of ours, without its optimizer. It does not say what its tokens mean."""
+    shape, weights, dataset = theirs["model_args"], theirs["model"], theirs["config"]["dataset"]
+    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    if shape["vocab_size"] == 50304:  # GPT-2's 50,257 tokens rounded up for speed: the rest never occurs
+        shape = shape | {"vocab_size": 50257}
+        weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
+    if (dataset_folder(dataset) / "meta.json").exists():
+        meta = load_meta(dataset)
+    elif shape["vocab_size"] == 50257:
+        meta = {"tokenizer": "gpt2", "vocab_size": 50257}
+    else:
+        raise UserError(
+            f"this checkpoint of nanoGPT needs the meta.json of its dataset: "
+            f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
+        )
+    return {
+        "format": 1,
+        "model": weights,
+        "model_config": shape,
+        "step": theirs["iter_num"],
+        "best_val_loss": float(theirs["best_val_loss"]),
+        "config": {"model": "gpt"},
+        "tokenizer": {name: meta[name] for name in TOKENIZER if name in meta},
+    }
+
+
+def pretrained(source: str, dropout: float = 0.0, block_size: int | None = None) -> tuple[LanguageModel, dict]:
+    """The model of a checkpoint file, of a folder in Hugging Face's format or of one of its names; and its tokenizer.
+
+    Of Hugging Face's only the name of the tokenizer is known here. Raises UserError for one that cannot be used.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            checkpoint = load_checkpoint(path)
+            model, tokenizer = model_of(checkpoint, path, dropout), checkpoint["tokenizer"]
+        else:
+            model, tokenizer = GPT.from_pretrained(source, dropout), {}
+        if block_size and isinstance(model, GPT):
+            model.crop(block_size)
+        return model, tokenizer
+    except UserError:
+        raise
+    except Exception as error:  # transformers has many
+        raise UserError(f"cannot begin with {source}: {str(error).splitlines()[0]}") from None
 
 
 def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageModel:
@@ -693,10 +789,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Without such instructions bfloat16 is emulated, and slower than float32.
-    native = torch.cpu.get_capabilities()
-    fast = device.type == "cpu" and (native.get("avx512_bf16") or native.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    # Without such instructions bfloat16 is emulated; and AVX-512's are slow in an Intel CPU (a Xeon of family 6, model
+    # 207, AMX hidden: half of float32's FLOP/s, a step of the small recipe takes 1.6 times as long), fast in an AMD.
+    cpu = torch.cpu.get_capabilities()
+    fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
 
 
 def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
@@ -704,7 +801,11 @@ def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Proces
     if process.world_size > 1:
         model = DistributedDataParallel(model)
     if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
-        model = torch.compile(model)
+        try:
+            torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
+            model = torch.compile(model)
+        except Exception as error:
+            process.say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
     return model
 
 
@@ -720,8 +821,11 @@ class Log:
         self.config, self.process = config, process
         self.flops_per_token = flops_per_token(state.model, config.block_size)
         self.peak_flops = peak_flops(process)
-        self.open_line = self.warned = False
+        self.progress_stream = sys.stdout if sys.stdout.isatty() else sys.stderr  # not into what is piped on
+        self.open_width = 0  # of the line that the next one takes the place of
+        self.warned = False
         self.path = None if process.rank or config.eval_only else config.path("log.csv")
+        self.board = Board(config, state) if config.tensorboard and self.path else None
         self.started = time.perf_counter()
         if self.path:
             rows = self.rows_until(state.step)
@@ -735,8 +839,10 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.open_line:
-            print()
+        if self.open_width:
+            print(file=self.progress_stream)
+        if self.board:
+            self.board.writer.close()
 
     def rows_until(self, step: int) -> list[str]:
         """The rows that a run resumed at `step` keeps: whole ones, of steps that it will not take again."""
@@ -750,9 +856,15 @@ class Log:
         """Measure speed from here on."""
         self.since, self.since_step = time.perf_counter(), step
 
-    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+    def evaluation(self, step: int, train_loss: float, val_loss: float, bits_per_byte: float | None) -> None:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        if bits_per_byte:
+            self.line(f"step {step}: val loss in bits per byte of text {bits_per_byte:.4f}")
         self.row(step=step, train_loss=train_loss, val_loss=val_loss)
+        if self.board:
+            losses = {"loss/train": train_loss, "loss/val": val_loss, "loss/val bits per byte": bits_per_byte}
+            self.board.scalars(step, losses)
+            self.board.sample(step)
 
     def progress(self, step: int, loss: float, grad_norm: float) -> None:
         seconds = (time.perf_counter() - self.since) / (step - self.since_step)  # of one step
@@ -766,7 +878,10 @@ class Log:
             f"{speed / 1e3:,.{int(speed < 1e4)}f}k tok/s | {f'mfu {mfu:.0%} | ' if mfu else ''}eta {clock(left)}",
             stays=False,
         )
-        self.row(step=step, train_loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=speed, mfu=mfu)
+        figures = {"lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed, "mfu": mfu}
+        self.row(step=step, train_loss=loss, **figures)
+        if self.board:
+            self.board.scalars(step, {"loss/batch": loss, **figures})
         if not self.warned and self.process.device.type == "cpu" and left > 3600:
             self.line(
                 f"this will take about {left / 3600:.1f} hours on this CPU; "
@@ -775,13 +890,20 @@ class Log:
         self.warned = True
 
     def line(self, text: str, stays: bool = True) -> None:
-        """Print a line; on a terminal, the next one overwrites it if it does not stay."""
-        if self.process.rank == 0:
-            erase = "\r\033[K" if self.open_line else ""
-            self.open_line = sys.stdout.isatty() and not stays
-            if self.open_line:  # a line that wraps could not be erased
-                text = text[: shutil.get_terminal_size().columns - 1]
-            print(erase + text, end="" if self.open_line else "\n", flush=True)
+        """Print a line; on a terminal, the next one takes its place if it does not stay."""
+        if self.process.rank:
+            return
+        if self.open_width:
+            print(" " * self.open_width, end="\r", file=self.progress_stream, flush=True)
+            self.open_width = 0
+        if stays:
+            print(text, flush=True)
+        elif self.progress_stream.isatty():
+            text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be replaced
+            self.open_width = len(text)
+            print(text, end="\r", file=self.progress_stream, flush=True)
+        else:
+            print(text, file=self.progress_stream, flush=True)
 
     def row(self, **figures: float | None) -> None:
         if self.path:
@@ -792,6 +914,36 @@ class Log:
             )
             with open(self.path, "a", newline="") as file:
                 file.write(",".join(cells) + "\n")
+
+
+class Board:
+    """The figures of the log, the settings and a sample at each evaluation, as events that TensorBoard shows."""
+
+    def __init__(self, config: TrainConfig, state: State):
+        self.state, self.seed, self.tokenizer = state, config.seed, tokenizer_of(state.tokenizer)
+        self.writer = extra("torch.utils.tensorboard").SummaryWriter(
+            config.out_dir,
+            purge_step=state.step + 1 if state.step else 0,  # what an older run did after this step
+        )
+        self.text("config", "\n".join(f"{name} = {value!r}" for name, value in state.settings(config).items()))
+
+    def text(self, name: str, text: str) -> None:
+        as_it_is = "\n".join(f"    {line}" for line in text.split("\n"))  # TensorBoard reads Markdown
+        self.writer.add_text(name, as_it_is, self.state.step)
+
+    def scalars(self, step: int, figures: dict[str, float | None]) -> None:
+        for name, value in figures.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, step)
+
+    def sample(self, step: int) -> None:
+        """What the model writes by now, 200 tokens."""
+        device = next(self.state.model.parameters()).device
+        chance = torch.Generator(device).manual_seed(self.seed)
+        start = torch.tensor([[first_token(self.tokenizer)]], device=device)
+        tokens = self.state.model.generate(start, 200, temperature=0.8, generator=chance)
+        self.text("sample", self.tokenizer.decode(tokens[0].cpu().numpy()))
+        self.writer.flush()
 
 
 def flops_per_token(model: LanguageModel, block_size: int) -> int:

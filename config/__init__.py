@@ -8,6 +8,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import importlib
 import os
 import runpy
 import sys
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
@@ -157,6 +158,14 @@ def describe(kind: Any) -> str:
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def extra(name: str) -> ModuleType:
+    """A package that only some uses need. Raises UserError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"this needs another package: pip install {error.name or name}") from None
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:

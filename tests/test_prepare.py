@@ -7,15 +7,19 @@ import re
 import sys
 import threading
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import REPOSITORY, command
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import prepare
 from config import ConfigError, UserError
-from prepare import CharTokenizer, load_meta, token_file
+from prepare import CharTokenizer, decoded_stream, load_meta, token_file, tokenizer_of
 
 SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare" / "input.txt"
 TEXT = "Grüße, Jürgen ❤ 😀 Unicode!\r\nsecond line\n" * 50
@@ -72,7 +76,7 @@ def load_all(dataset):
 
 def decoded(dataset):
     meta, ids = load_all(dataset)
-    return CharTokenizer(meta["chars"]).decode(ids)
+    return tokenizer_of(meta).decode(ids)
 
 
 # Tokens and files
@@ -99,6 +103,7 @@ def test_files_have_the_promised_layout(folder):
         "chars": chars,
         "train_tokens": n_train,
         "val_tokens": len(TEXT) - n_train,
+        "val_bytes": len(TEXT[n_train:].encode()),
         "source": "my.txt",
         "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
     }
@@ -111,6 +116,110 @@ def test_val_fraction_moves_the_split(folder):
     (folder / "my.txt").write_text("ab" * 500)
     prepare.main(["--dataset=mine", "--input=my.txt", "--val_fraction=0.25"])
     assert (load_meta("mine")["train_tokens"], load_meta("mine")["val_tokens"]) == (750, 250)
+
+
+TOKENIZERS = {"char": ["--tokenizer=char"], "bpe": ["--tokenizer=bpe", "--vocab_size=260"]}
+any_text = st.text(min_size=1) | st.text(" \n\tab\u0301.'s\u3000❤😀\r0", min_size=1)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("piece", [3, 2**20])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=any_text)
+def test_any_unicode_text_comes_back(folder, tokenizer, piece, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", piece)
+        Path("my.txt").write_bytes(text.encode())
+        prepare.main(["--dataset=mine", "--input=my.txt", *TOKENIZERS[tokenizer]])
+    assert decoded("mine") == text
+    meta, ids = load_all("mine")
+    assert "".join(decoded_stream(tokenizer_of(meta), ids.tolist())) == text
+    assert meta["train_tokens"] == int(0.9 * len(ids))
+    val = tokenizer_of(meta).decode(ids[meta["train_tokens"] :]).encode()
+    assert abs(meta["val_bytes"] - len(val)) <= 3 * (tokenizer == "bpe")  # the split may be inside a character
+
+
+def test_bpe_learns_frequent_pairs_of_the_text(folder):
+    (folder / "my.txt").write_text("the cat the hat the mat. " * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe", "--vocab_size=262"])
+    meta, ids = load_all("mine")
+    tokenizer = tokenizer_of(meta)
+    assert (meta["tokenizer"], meta["vocab_size"]) == ("bpe", 262)
+    assert {tokenizer.decode(np.array([id])) for id in range(256, 262)} >= {"at", " the"}
+    assert ids.max() < 262
+    assert len(ids) < 0.6 * 2500
+
+
+def test_pieces_and_threads_do_not_change_the_tokens(folder, monkeypatch):
+    """A tokenizer.json of elsewhere: its tokens are those of the whole text at once."""
+    text = "".join(np.random.default_rng(0).choice(list("abc d\n\n  .,'s09éß ❤"), size=50_000))
+    (folder / "my.txt").write_text(text)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe", "--vocab_size=400"])
+    library = tokenizer_of(load_meta("mine")).library
+    library.add_special_tokens(["<|endoftext|>"])
+    library.save("theirs.json")
+    monkeypatch.setattr(prepare, "PIECE", 5000)
+    monkeypatch.setattr(prepare, "PART", 700)
+    parts = rf"(?s).{{1,700}}\Z|.{{1,700}}{prepare.WORD_END}|.{{1,700}}"
+    monkeypatch.setattr(prepare, "PARTS", re.compile(parts))
+    (folder / "my.txt").write_text(text + "<|endoftext|>" + text)
+    prepare.main(["--dataset=other", "--input=my.txt", "--tokenizer=theirs.json"])
+    meta, ids = load_all("other")
+    assert ids.tolist() == library.encode(text + "<|endoftext|>" + text).ids
+    assert meta["vocab_size"] == 401
+    assert decoded("other") == text + "<|endoftext|>" + text
+
+
+def test_gpt2s_tokens_come_from_the_hub_and_by_the_name_of_the_dataset(folder, monkeypatch):
+    (folder / "my.txt").write_text("the cat the hat the mat. " * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe"])
+    library, asked = tokenizer_of(load_meta("mine")).library, []
+    hub = types.SimpleNamespace(from_pretrained=lambda name: asked.append(name) or library)
+    monkeypatch.setattr(tokenizers, "Tokenizer", hub)
+    prepare.main(["--dataset=mine_gpt2", "--input=my.txt"])
+    assert asked == ["gpt2"]
+    assert load_meta("mine_gpt2")["tokenizer"] == "gpt2"
+    assert load_all("mine_gpt2")[1].tolist() == load_all("mine")[1].tolist()
+    hub.from_pretrained = lambda name: 1 / 0
+    with pytest.raises(UserError, match=r"cannot get GPT-2's tokenizer .* \(ZeroDivisionError\); .*--tokenizer=FILE"):
+        prepare.main(["--dataset=mine_gpt2", "--input=my.txt"])
+
+
+def test_a_tokenizer_that_loses_text_is_refused(folder):
+    library = CharTokenizer("abc ").to_library()
+    library.normalizer = tokenizers.normalizers.Lowercase()
+    library.save("lower.json")
+    (folder / "my.txt").write_text("abc ABC " * 100)
+    with pytest.raises(UserError, match=r"the tokens of data/mine/input.txt do not give back its text"):
+        prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=lower.json"])
+    assert files(folder) == ["data/mine/input.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "No such file or directory"),
+        ("{}", "it is no tokenizer.json"),
+        ("large", "it has 65,537 tokens; uint16 can tell 65,536 apart"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_named(folder, content, problem):
+    if content == "large":
+        CharTokenizer("".join(chr(0x10000 + i) for i in range(2**16 + 1))).to_library().save("their.json")
+    elif content:
+        Path("their.json").write_text(content)
+    (folder / "my.txt").write_text("abc")
+    with pytest.raises(ConfigError, match=rf"^--tokenizer=their.json: .*{problem}"):
+        prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=their.json"])
+
+
+def test_a_stream_shows_characters_once_they_are_whole(folder):
+    (folder / "my.txt").write_text("ab ❤ ab ❤ 😀 " * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe", "--vocab_size=256"])  # bytes
+    tokenizer = tokenizer_of(load_meta("mine"))
+    assert list(decoded_stream(tokenizer, tokenizer.encode("a❤😀b").tolist())) == ["a", "❤", "😀", "b"]
+    torn = [*tokenizer.encode("❤").tolist()[1:], *tokenizer.encode("a❤").tolist()[:-1]]
+    assert "".join(decoded_stream(tokenizer, torn)) == tokenizer.decode(np.array(torn))
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
@@ -131,12 +240,14 @@ def test_encode_names_the_character_outside_the_vocabulary_and_its_position():
         tokenizer.encode("abcéd")
 
 
-def test_memory_does_not_grow_with_the_text(folder):
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_memory_does_not_grow_with_the_text(folder, tokenizer, monkeypatch):
     peaks = []
-    for megabytes in (4, 32):
+    monkeypatch.setattr(prepare, "PIECE", 2**18)
+    for megabytes in (1, 8):
         (folder / "my.txt").write_bytes(b"To be, or not to be: that is the question.\n" * (megabytes * 2**20 // 43))
         tracemalloc.start()
-        prepare.main(["--dataset=mine", "--input=my.txt"])
+        prepare.main(["--dataset=mine", "--input=my.txt", *TOKENIZERS[tokenizer]])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0] < 100e6
@@ -187,8 +298,9 @@ def test_preparing_again_replaces_all_and_a_bad_text_leaves_the_old_tokens(folde
 def test_a_folder_with_meta_json_is_complete(folder, monkeypatch):
     (folder / "my.txt").write_text("abc" * 100)
     prepare.main(["--dataset=mine", "--input=my.txt"])
-    monkeypatch.setattr(prepare, "encode_file", lambda *_: 1 / 0)  # dies between the old tokens and the new ones
-    with pytest.raises(ZeroDivisionError):
+    original = prepare.encode_file
+    monkeypatch.setattr(prepare, "encode_file", lambda *_: original(*_) / 0)  # dies between the tokens and meta.json
+    with pytest.raises(TypeError):
         prepare.main(["--dataset=mine", "--input=my.txt"])
     assert "data/mine/meta.json" not in files(folder)
 
@@ -237,7 +349,8 @@ def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
         (["--val_fraction=0"], "val_fraction must be between 0 and 1, found 0.0"),
         (["--val_fraction=1.5"], "val_fraction must be between 0 and 1, found 1.5"),
         (["--val_fraction=nan"], "val_fraction must be between 0 and 1, found nan"),
-        (["--tokenizer=morse"], "--tokenizer must be char, found 'morse'"),
+        (["--tokenizer=morse"], "tokenizer must be char, bpe, gpt2 or a tokenizer.json, found 'morse'"),
+        (["--vocab_size=255"], "vocab_size must be from 256, a token a byte, to 65536, found 255"),
         (["--input=a", "--url=b"], "give --input or --url, not both"),
     ],
 )

@@ -526,7 +526,8 @@ def test_max_iters_is_exactly_the_number_of_steps(dataset, monkeypatch):
 
 def test_the_console_and_the_log_show_the_same_run(dataset, capsys):
     train_here()
-    lines = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines() + captured.err.splitlines()
     number = r"\d+\.\d+"
     assert sum(bool(re.fullmatch(rf"step \d+: train loss {number}, val loss {number}", line)) for line in lines) == 3
     progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00"
@@ -567,15 +568,39 @@ def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, c
     )
 
 
+def shown(text):
+    """What a terminal shows: after \\r, a line is written over."""
+    lines = []
+    for line in text.split("\n"):
+        now = ""
+        for part in line.split("\r"):
+            now = part + now[len(part) :]
+        lines.append(now.rstrip())
+    return lines
+
+
 def test_a_terminal_shows_progress_in_one_line(dataset, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     train_here()
     out = capsys.readouterr().out
-    assert "\r\033[Kstep 5/20 |" in out
-    assert "\r\033[Kstep 10: train loss" in out
-    last_of_lines = [line.rpartition("\033[K")[2] for line in out.split("\n")]  # what is left to see
-    assert not any("/20 |" in line for line in last_of_lines)
-    assert sum(line.startswith("step 10: train loss") for line in last_of_lines) == 1
+    assert "step 5/20 |" in out
+    assert not any("/20 |" in line for line in shown(out))
+    assert shown(out).count("step 10: train loss " + out.partition("step 10: train loss ")[2].partition("\n")[0]) == 1
+
+
+def test_what_is_piped_on_has_no_progress_in_it(dataset):
+    ended = command("train.py", *tiny())
+    assert "/20 |" not in ended.stdout
+    assert [line.partition("/")[0] for line in ended.stderr.splitlines()] == [f"step {n}" for n in (1, 5, 10, 15, 20)]
+
+
+def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    train_here()
+    captured = capsys.readouterr()
+    assert "/20 |" not in captured.out
+    assert captured.err.count("/20 |") == 5
+    assert [line for line in shown(captured.err) if line] == []
 
 
 @pytest.mark.parametrize(
@@ -597,7 +622,7 @@ def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monk
         log.progress(1, 2.0, 1.0)
     [row] = rows()
     assert train.peak_flops(process) == peak
-    assert ("| mfu " in capsys.readouterr().out) == (peak is not None)
+    assert ("| mfu " in capsys.readouterr().err) == (peak is not None)
     if peak:
         flops = train.flops_per_token(GPT(settings.model_config(5)), 16)
         assert float(row["mfu"]) == pytest.approx(flops * float(row["tokens_per_second"]) / peak, rel=1e-4)
@@ -687,10 +712,16 @@ def test_every_process_takes_a_gpu_of_its_own(machine, monkeypatch, name, enviro
 
 def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
-    assert choose_dtype("auto", cpu) == torch.bfloat16
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False})
-    assert choose_dtype("auto", cpu) == torch.float32
+    for capabilities, dtype in (
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9005"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=capabilities: found)
+        assert choose_dtype("auto", cpu) == dtype
     assert choose_dtype("auto", torch.device("mps")) == torch.float32
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     assert choose_dtype("auto", cuda) == torch.bfloat16
@@ -721,7 +752,9 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--device=cpu", "--dtype=float16"],
          "float16 needs the loss scaling of a cuda device, found cpu; use bfloat16 or float32"),
         (["--dtype=float64"], "--dtype must be auto, float32, bfloat16 or float16, found 'float64'"),
-        (["--init_from=gpt5"], "--init_from must be auto, scratch or resume, found 'gpt5'"),
+        (["--init_from=gpt5"],
+         "init_from must be auto, scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's "
+         "format or a checkpoint file, found 'gpt5', did you mean gpt2?"),
         (["--dataset=../secrets"],
          "dataset must be a plain folder name (letters, digits, _ - .), found '../secrets'"),
         (["--dataset=none"],
@@ -754,4 +787,4 @@ def test_ctrl_c_is_quiet_and_status_130(dataset):
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert errors == ""
+    assert all(re.match(r"step \d+/", line) for line in errors.splitlines())

@@ -1,0 +1,355 @@
+"""Models that come from elsewhere and go elsewhere: Hugging Face's transformers and nanoGPT. No network is needed."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import checkpoint, losses, same, train_here
+
+import prepare
+import sample
+import train
+from config import ConfigError, UserError
+from model import GPT, GPTConfig
+
+transformers.utils.logging.disable_progress_bar()
+SHAPES = [
+    {"vocab_size": 21, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 32},
+    {"vocab_size": 300, "n_positions": 40, "n_layer": 1, "n_head": 3, "n_embd": 48},
+    {"vocab_size": 65, "n_positions": 24, "n_layer": 3, "n_head": 4, "n_embd": 32},
+]
+
+
+def gpt2(**shape):
+    """A GPT-2 of transformers with weights that make its logits differ, as after training."""
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return theirs.eval()
+
+
+@pytest.fixture
+def gpt2_folder(dataset):
+    """gpt2/: a model in Hugging Face's format for the characters of the dataset."""
+    gpt2(**SHAPES[0]).save_pretrained("gpt2")
+    tokenizer = prepare.tokenizer_of(prepare.load_meta("shakespeare_char")).to_library()
+    tokenizer.save("gpt2/tokenizer.json")
+    return Path("gpt2")
+
+
+def token_ids(shape, rows=2):
+    return torch.randint(shape["vocab_size"], (rows, shape["n_positions"]), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpt2_of_transformers_says_the_same_here(folder, shape):
+    theirs = gpt2(**shape)
+    theirs.save_pretrained("gpt2")
+    ours = GPT.from_pretrained("gpt2").eval()
+    idx = token_ids(shape)
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+    prompt, n = idx[:, :5], shape["n_positions"] - 5
+    expected = theirs.generate(prompt, max_new_tokens=n, do_sample=False)
+    assert torch.equal(ours.generate(prompt, n, temperature=0), expected)
+
+
+def test_a_step_of_adamw_moves_both_to_the_same_loss(folder):
+    theirs = gpt2(**SHAPES[1], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0).train()
+    theirs.save_pretrained("gpt2")
+    ours = GPT.from_pretrained("gpt2").train()
+    idx = token_ids(SHAPES[1])
+    seen = []
+    for model in (theirs, ours):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            loss = model(idx, labels=idx).loss if model is theirs else model(idx[:, :-1], idx[:, 1:])[1]
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+    before, after = seen[:2]
+    assert after < before - 0.1
+    assert seen[2:] == pytest.approx([before, after], abs=1e-4)
+
+
+def test_the_context_may_be_cropped_and_dropout_set(folder):
+    theirs = gpt2(**SHAPES[2])
+    theirs.save_pretrained("gpt2")
+    ours = GPT.from_pretrained("gpt2", dropout=0.3).eval()
+    assert ours.config == GPTConfig(65, 24, 3, 4, 32, dropout=0.3, bias=True)
+    assert ours.transformer.h[1].dropout == ours.transformer.h[1].attn.dropout == 0.3
+    ours.crop(10)
+    idx = token_ids(SHAPES[2])[:, :10]
+    torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+    assert ours.config.block_size == 10
+    assert ours.transformer.wpe.weight.shape == (10, 32)
+    assert ours.transformer.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match="11 tokens are more than block_size"):
+        ours(token_ids(SHAPES[2])[:, :11])
+    with pytest.raises(ValueError, match=r"^block_size \(24\) is more than the model's \(10\)$"):
+        ours.crop(24)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "relu"}, "gpt2 is not like GPT-2: its activation_function is 'relu', not 'gelu_new'"),
+        ({"layer_norm_epsilon": 1e-6}, "gpt2 is not like GPT-2: its layer_norm_epsilon is 1e-06, not 1e-05"),
+        ({"n_inner": 64}, "gpt2 is not like GPT-2: its n_inner is 64, not 4 n_embd"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True, not False"),
+        ({"tie_word_embeddings": False}, "its tie_word_embeddings is False, not True"),
+    ],
+)
+def test_a_model_that_is_computed_otherwise_is_refused(folder, change, message):
+    gpt2(**SHAPES[0], **change).save_pretrained("gpt2")
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained("gpt2")
+
+
+def test_another_architecture_is_refused(folder):
+    transformers.LlamaConfig(vocab_size=21, hidden_size=32, num_hidden_layers=1).save_pretrained("llama")
+    with pytest.raises(UserError, match="cannot begin with llama: llama is not like GPT-2: its model_type is 'llama'"):
+        train.pretrained("llama")
+
+
+def test_fine_tuning_begins_with_the_weights_and_goes_on_from_its_own(gpt2_folder, capsys):
+    start = {"init_from": "gpt2", "n_layer": 7, "n_embd": 64}  # the shape is that of the weights
+    start |= {"dropout": 0.0, "lr_decay_iters": 20}
+    train_here(**start, max_iters=10, out_dir="half")
+    out = capsys.readouterr().out
+    assert "starting from gpt2\n" in out
+    config = checkpoint("half/ckpt.pt")["config"]
+    assert (config["n_layer"], config["n_embd"], config["bias"]) == (2, 32, True)
+    blocks = prepared_blocks("val")
+    expected = gpt2(**SHAPES[0])(blocks[:, :-1]).logits.log_softmax(-1).gather(2, blocks[:, 1:, None]).mean()
+    assert losses(out)[0][1] == pytest.approx(-expected.item(), abs=1e-3)
+    assert losses(out)[10][1] < losses(out)[0][1] - 0.1
+    train_here(**start, out_dir="whole")
+    capsys.readouterr()
+    for source in ("gpt2", "resume"):  # the same command, or without the folder
+        shutil.copytree("half", f"{source} half")
+        train_here(**start | {"init_from": source}, out_dir=f"{source} half")
+        assert "half/ckpt.pt at step 10; changed since: out_dir 'half' ->" in capsys.readouterr().out
+        assert same(checkpoint(f"{source} half/ckpt.pt")["model"], checkpoint("whole/ckpt.pt")["model"])
+
+
+def prepared_ids(split):
+    return torch.from_numpy(np.fromfile(f"data/shakespeare_char/{split}.bin", "<u2").astype(np.int64))
+
+
+def prepared_blocks(split):
+    """What an evaluation reads (blocks, block_size + 1): eval_iters times batch_size blocks."""
+    return prepared_ids(split)[: 4 * 8 * 16 + 1].unfold(0, 17, 16)
+
+
+def test_a_run_from_scratch_is_not_taken_for_a_fine_tuned_one(gpt2_folder):
+    train_here(max_iters=1)
+    with pytest.raises(ConfigError, match=r"out/ckpt.pt holds another model \(init_from 'auto' -> 'gpt2'\)"):
+        train_here(max_iters=2, init_from="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 17}, r"cannot begin with gpt2: block_size \(17\) is more than the model's \(16\)"),
+        ({"model": "bigram"}, r"gpt2 does not fit .* data/shakespeare_char \(model 'gpt' -> 'bigram'\)"),
+        ({"init_from": "other"}, r"other does not fit .* data/shakespeare_char \(vocab_size 300 -> 21\)"),
+        ({"init_from": "empty"}, "cannot begin with empty: "),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(gpt2_folder, changes, message):
+    gpt2(**SHAPES[1]).save_pretrained("other")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        train_here(**{"init_from": "gpt2"} | changes)
+    assert not Path("out/ckpt.pt").exists()
+
+
+def test_sampling_from_a_folder_of_transformers(gpt2_folder, capsys):
+    sample.main(["--init_from=gpt2", "--start=the", "--temperature=0", "--max_new_tokens=10"])
+    tokenizer = prepare.tokenizer_of(prepare.load_meta("shakespeare_char"))
+    idx = torch.tensor([tokenizer.encode("the").tolist()])
+    expected = gpt2(**SHAPES[0]).generate(idx, max_new_tokens=10, do_sample=False)
+    assert capsys.readouterr().out == tokenizer.decode(expected[0].numpy()) + "\n"
+    Path("gpt2/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read the model's tokenizer: gpt2/tokenizer.json: .*No such file"):
+        sample.main(["--init_from=gpt2"])
+
+
+def test_the_recipe_for_gpt2_starts_from_its_weights(gpt2_folder, capsys):
+    small = ["--batch_size=4", "--block_size=8", "--gradient_accumulation_steps=2", "--max_iters=2", "--device=cpu"]
+    names = ["--dataset=shakespeare_char", "--init_from=gpt2", "--out_dir=out"]
+    train.main(["config/finetune_gpt2.py", *small, *names])
+    assert checkpoint()["step"] == 2
+
+
+# Out
+
+
+@pytest.fixture
+def mine(folder):
+    """A text with what a tokenizer could lose: blanks before points, quotes, tabs, characters of several bytes."""
+    Path("mine.txt").write_text('Wär  ich ein Vöglein ,\tflög ich \' s zu dir !\n\n"Ja" ❤ . ' * 200)
+    return Path("mine.txt")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_transformers_continues_with_our_greedy_text(mine, capsys, tokenizer, bias):
+    prepare.main([f"--input={mine}", f"--tokenizer={tokenizer}", "--vocab_size=300"])
+    train_here(max_iters=60, learning_rate=1e-2, block_size=64, bias=bias)
+    capsys.readouterr()
+    sample.main(["--save_pretrained=hf"])
+    assert Path("hf/model.safetensors").exists()
+    capsys.readouterr()
+    sample.main(["--start=Wär  ich ,", "--temperature=0", "--max_new_tokens=40"])
+    ours = capsys.readouterr().out.removesuffix("\n")
+    write = transformers.pipeline("text-generation", model="hf")
+    [theirs] = write("Wär  ich ,", max_new_tokens=40, do_sample=False)
+    assert theirs["generated_text"] == ours
+    tokenizer = transformers.AutoTokenizer.from_pretrained("hf")
+    text = mine.read_text()
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    model = transformers.AutoModelForCausalLM.from_pretrained("hf")
+    assert model.config.n_positions == 64
+    idx = prepared_ids("val")[None, :64]
+    content = checkpoint("out/best.pt")
+    torch.testing.assert_close(model(idx).logits, train.model_of(content, "best.pt").eval()(idx)[0], rtol=0, atol=1e-4)
+
+
+def test_what_went_out_comes_back(dataset, capsys):
+    train_here(max_iters=5)
+    sample.main(["--save_pretrained=hf"])
+    ours = train.model_of(checkpoint("out/best.pt"), "best.pt").eval()
+    back = GPT.from_pretrained("hf").eval()
+    idx = token_ids(SHAPES[0])
+    torch.testing.assert_close(back(idx)[0], ours(idx)[0], rtol=0, atol=1e-5)
+    train_here(init_from="hf", out_dir="again", max_iters=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feed_forward": False}, "only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm"),
+        ({"model": "bigram"}, "only a GPT can be saved in Hugging Face's format, this is a bigram table"),
+    ],
+)
+def test_what_is_no_gpt2_is_not_saved_as_one(dataset, changes, message):
+    train_here(max_iters=1, **changes)
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        sample.main(["--save_pretrained=hf"])
+    assert not Path("hf").exists()
+
+
+# nanoGPT
+
+
+def nanogpt(path, compiled=False, **changes):
+    """Write a checkpoint as nanoGPT's train.py does; returns the model in it."""
+    config = GPTConfig(**{"vocab_size": 21, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes)
+    torch.manual_seed(3)
+    model = GPT(config).eval()
+    prefix = "_orig_mod." if compiled else ""
+    args = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    content = {
+        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer": train.adamw(model, train.TrainConfig()).state_dict(),
+        "model_args": {name: getattr(config, name) for name in args},
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.88),
+        "config": {"dataset": "shakespeare_char", "out_dir": "out-shakespeare-char", "init_from": "scratch"},
+    }
+    Path(path).parent.mkdir(exist_ok=True)
+    torch.save(content, path)
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_checkpoint_of_nanogpt_samples(dataset, capsys, compiled, bias):
+    theirs = nanogpt("nano/ckpt.pt", compiled, bias=bias)
+    sample.main(["--out_dir=nano", "--start=the", "--temperature=0", "--max_new_tokens=12"])
+    tokenizer = prepare.tokenizer_of(prepare.load_meta("shakespeare_char"))
+    idx = torch.tensor([tokenizer.encode("the").tolist()])
+    assert capsys.readouterr().out == tokenizer.decode(theirs.generate(idx, 12, temperature=0)[0].numpy()) + "\n"
+
+
+def test_a_checkpoint_of_nanogpt_is_fine_tuned_and_never_overwritten(dataset, capsys):
+    nanogpt("nano/ckpt.pt")
+    before = Path("nano/ckpt.pt").read_bytes()
+    with pytest.raises(ConfigError, match=r"nano/ckpt.pt holds weights only: begin with them by --init_from=nano/"):
+        train_here(out_dir="nano")
+    assert Path("nano/ckpt.pt").read_bytes() == before
+    train_here(init_from="nano/ckpt.pt", max_iters=10)
+    found = losses(capsys.readouterr().out)
+    theirs = nanogpt("nano/ckpt.pt")
+    tokens = prepared_blocks("val")
+    assert found[0][1] == pytest.approx(theirs(tokens[:, :-1], tokens[:, 1:])[1].item(), abs=1e-4)
+    assert found[10][1] < found[0][1]
+
+
+def test_a_padded_vocabulary_of_nanogpt_is_cropped_to_gpt2s(dataset, monkeypatch):
+    theirs = nanogpt("nano/ckpt.pt", vocab_size=50304)
+    monkeypatch.chdir("nano")  # where there is no data/
+    content = train.load_checkpoint(Path("ckpt.pt"))
+    assert content["tokenizer"] == {"tokenizer": "gpt2", "vocab_size": 50257}
+    ours = train.model_of(content, "ckpt.pt").eval()
+    idx = torch.randint(50257, (2, 16))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx)[0][..., :50257])
+
+
+def test_a_checkpoint_of_nanogpt_whose_characters_are_not_known_is_refused(dataset, monkeypatch):
+    nanogpt("nano/ckpt.pt")
+    monkeypatch.chdir("nano")
+    with pytest.raises(
+        UserError, match=r"python prepare.py --dataset=shakespeare_char --input=FILE makes it from the text"
+    ):
+        sample.main(["--out_dir=."])
+
+
+def test_a_folder_of_nanogpts_tokens_trains(folder, capsys):
+    """train.bin and val.bin as nanoGPT's prepare.py writes them, and the meta.json of the README."""
+    Path("data/nano").mkdir(parents=True)
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 50257, 400).astype(np.uint16).tofile(f"data/nano/{split}.bin")
+    Path("data/nano/meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 50257}))
+    train_here(dataset="nano", max_iters=1)
+    assert checkpoint()["tokenizer"] == {"tokenizer": "gpt2", "vocab_size": 50257}
+    assert "bits per byte" not in capsys.readouterr().out
+
+
+# Packages that are not there
+
+
+@pytest.mark.parametrize(
+    ("package", "work"),
+    [
+        ("transformers", lambda: train_here(init_from="gpt2", out_dir="fine")),
+        ("transformers", lambda: sample.main(["--init_from=gpt2"])),
+        ("transformers", lambda: sample.main(["--save_pretrained=hf"])),
+        ("tokenizers", lambda: sample.main(["--save_pretrained=hf"])),
+        ("tokenizers", lambda: prepare.main(["--tokenizer=bpe"])),
+        ("tokenizers", lambda: prepare.main(["--tokenizer=gpt2"])),
+        ("tensorboard", lambda: train_here(tensorboard=True, out_dir="board")),
+    ],
+)
+def test_a_missing_package_is_answered_with_its_installation(dataset, monkeypatch, package, work):
+    train_here(max_iters=1)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package or name.startswith(f"torch.utils.{package}"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"pip install {package}$"):
+        work()
+
+
+def test_weights_of_any_checkpoint_may_be_where_a_run_begins(dataset):
+    train_here(max_iters=10)
+    train_here(max_iters=1, init_from="out/best.pt", out_dir="more", learning_rate=0, min_lr=0)
+    assert same(checkpoint("more/ckpt.pt")["model"], checkpoint("out/best.pt")["model"])
