@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -23,6 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
+
+# While numpy is loaded, Ctrl-C just ends the program; then `run` sees to it. What ignores it goes on ignoring it.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
@@ -357,7 +362,8 @@ def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
-    library.train_from_iterator(read_pieces(path), trainer)
+    parts = (part for text in read_pieces(path) for part in PARTS.findall(text))  # it collects 256 of them
+    library.train_from_iterator(parts, trainer)
     return SubwordTokenizer("bpe", library)
 
 

@@ -8,9 +8,14 @@ Reads out_dir and nothing else: a checkpoint carries its tokenizer.
     python sample.py --out_dir=out --save_pretrained=FOLDER      the model for Hugging Face's transformers, instead
 """
 
+import signal
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+
+# While torch is loaded, Ctrl-C just ends the program; then `run` sees to it. What ignores it goes on ignoring it.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -28,6 +28,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import IO, Any, Literal
 
+# While torch is loaded, Ctrl-C just ends the program; then `run` sees to it. What ignores it goes on ignoring it.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -85,8 +89,8 @@ class TrainConfig:
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
     init_from: str = key(
         "auto",
-        "auto: resume where out_dir has a checkpoint; scratch; resume; or, for a new run, whose weights to begin with: "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint file, nanoGPT's too",
+        "auto: resume where out_dir has a checkpoint; scratch; resume; or the weights to begin with: gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint file, nanoGPT's too",
     )
 
     model: Literal["gpt", "bigram"] = key("gpt", "what to train")
@@ -859,10 +863,10 @@ class Log:
     def evaluation(self, step: int, train_loss: float, val_loss: float, bits_per_byte: float | None) -> None:
         self.line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         if bits_per_byte:
-            self.line(f"step {step}: val loss in bits per byte of text {bits_per_byte:.4f}")
+            self.line(f"step {step}: {bits_per_byte:.4f} bits per byte of the validation text")
         self.row(step=step, train_loss=train_loss, val_loss=val_loss)
         if self.board:
-            losses = {"loss/train": train_loss, "loss/val": val_loss, "loss/val bits per byte": bits_per_byte}
+            losses = {"loss/train": train_loss, "loss/val": val_loss, "loss/val_bits_per_byte": bits_per_byte}
             self.board.scalars(step, losses)
             self.board.sample(step)
 

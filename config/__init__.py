@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -85,9 +86,11 @@ def parser_of(schema: type) -> Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )
+    group = parser.add_argument_group("keys, each with its default")
     for field, kind in zip(dataclasses.fields(schema), get_type_hints(schema).values(), strict=True):
-        meaning = f"{field.metadata['meaning']} (default: {field.default!r}; {describe(kind)})"
-        parser.add_argument(f"--{field.name}", metavar="VALUE", help=meaning.replace("%", "%%"))
+        choice = "" if len(options(kind)) == 1 or str in options(kind) else f" ({describe(kind)})"
+        meaning = (field.metadata["meaning"] + choice).replace("%", "%%")
+        group.add_argument(f"--{field.name}", metavar=str(field.default), help=meaning)
     return parser
 
 
@@ -174,6 +177,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     A user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback.
     """
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale, a model may say anything
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main(sys.argv[1:]) or 0
         sys.stdout.flush()

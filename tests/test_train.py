@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, checkpoint, command, losses, rows, same, tiny, train_here
+from tensorboard.backend.event_processing import event_accumulator
 
+import prepare
 import sample
 import train
 from config import ConfigError, UserError
@@ -200,6 +203,13 @@ def test_compiled_training_learns_the_same(dataset):
     assert not any("_orig_mod" in name for name in checkpoint("out/True/ckpt.pt")["model"])
 
 
+def test_where_no_compiler_works_one_line_says_so_and_the_run_goes_on(dataset, monkeypatch, capsys):
+    monkeypatch.setattr("torch.compile", lambda function: lambda *_: 1 / 0)  # as with CXX=/nowhere, at the first call
+    train_here(compile=True, max_iters=2)
+    assert "torch.compile does not work here (ZeroDivisionError): going on without it\n" in capsys.readouterr().out
+    assert checkpoint()["step"] == 2
+
+
 def test_bfloat16_training_learns_nearly_the_same(dataset):
     for dtype in ("float32", "bfloat16"):
         train_here(dtype=dtype, out_dir=f"out/{dtype}", max_iters=40)
@@ -294,6 +304,22 @@ def test_eval_iters_reads_the_first_batches(dataset, capsys):
     ids.tofile(dataset / "val.bin")
     train_here(eval_iters=3, out_dir="out/b")
     assert [row["val_loss"] for row in rows("out/a/log.csv")] == [row["val_loss"] for row in rows("out/b/log.csv")]
+
+
+def test_bits_per_byte_compare_tokenizers(folder, capsys):
+    text = "Wär ich ein Vöglein, flög ich zu dir. " * 300
+    Path("mine.txt").write_text(text)
+    for tokenizer in ("char", "bpe"):
+        prepare.main([f"--dataset={tokenizer}", "--input=mine.txt", f"--tokenizer={tokenizer}", "--vocab_size=270"])
+        capsys.readouterr()
+        train_here(dataset=tokenizer, out_dir=tokenizer, max_iters=1)
+        out = capsys.readouterr().out
+        meta = prepare.load_meta(tokenizer)
+        ids = np.fromfile(f"data/{tokenizer}/val.bin", "<u2")
+        n_bytes = len(prepare.tokenizer_of(meta).decode(ids).encode())
+        bits = losses(out)[1][1] / math.log(2) * len(ids) / n_bytes
+        [said] = re.findall(r"^step 1: ([\d.]+) bits per byte of the validation text$", out, re.MULTILINE)
+        assert float(said) == pytest.approx(bits, abs=2e-4)
 
 
 def test_eval_only_evaluates_and_writes_nothing(dataset, capsys):
@@ -628,6 +654,45 @@ def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monk
         assert float(row["mfu"]) == pytest.approx(flops * float(row["tokens_per_second"]) / peak, rel=1e-4)
 
 
+def events(out_dir="out"):
+    """What TensorBoard finds: {name: {step: value}} and {name: {step: text}}."""
+    found = event_accumulator.EventAccumulator(out_dir, {"tensors": 0, "scalars": 0}).Reload()
+    texts = {tag: {e.step: e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)}
+             for tag in found.Tags()["tensors"]}  # fmt: skip
+    return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}, texts
+
+
+def test_tensorboard_shows_the_curves_the_settings_and_samples(dataset, capsys):
+    train_here(tensorboard=True, max_iters=10)
+    train_here(tensorboard=True, max_iters=20)
+    scalars, texts = events()
+    logged = rows()
+    for tag, column, others in (
+        ("loss/val", "val_loss", ""), ("lr", "lr", ""), ("grad_norm", "grad_norm", ""),
+        ("loss/train", "train_loss", "val_loss"), ("loss/batch", "train_loss", "lr"),
+        ("tokens_per_second", "tokens_per_second", ""),
+    ):  # fmt: skip
+        expected = {int(row["step"]): float(row[column]) for row in logged if row[column] and row[others or column]}
+        assert scalars[tag] == pytest.approx(expected, rel=1e-5), tag
+    assert set(scalars["loss/val_bits_per_byte"]) == {0, 10, 20}
+    assert "    n_embd = 32\n" in texts["config/text_summary"][0]
+    assert set(texts["sample/text_summary"]) == {0, 10, 20}
+    written = texts["sample/text_summary"][20].replace("\n    ", "\n").removeprefix("    ")
+    assert len(written) == 201
+    assert set(written) <= set(checkpoint()["tokenizer"]["chars"])
+
+
+def test_tensorboard_changes_no_bit_and_forgets_steps_that_are_taken_again(dataset):
+    train_here(out_dir="plain", dropout=0.3)
+    train_here(out_dir="board", dropout=0.3, tensorboard=True, max_iters=10, lr_decay_iters=20)
+    shutil.copy("board/ckpt.pt", "at 10.pt")
+    train_here(out_dir="board", dropout=0.3, tensorboard=True, max_iters=15, lr_decay_iters=20)
+    shutil.copy("at 10.pt", "board/ckpt.pt")  # as if it had been killed after step 15
+    train_here(out_dir="board", dropout=0.3, tensorboard=True)
+    assert same(checkpoint("board/ckpt.pt")["model"], checkpoint("plain/ckpt.pt")["model"])
+    assert set(events("board")[0]["loss/val"]) == {0, 10, 20}
+
+
 def test_machines_that_see_different_checkpoints_are_refused(dataset, monkeypatch):
     train_here()
     monkeypatch.setattr(Process, "from_rank_0", lambda self, make: (step := make()) and (step if step != 20 else None))
@@ -777,6 +842,19 @@ def test_an_out_dir_that_is_a_file_is_one_line_and_status_1(dataset):
     assert ended.returncode == 1
     assert ended.stderr.startswith("train.py: [Errno ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "prepare.py"])
+def test_ctrl_c_is_quiet_before_the_program_has_begun(program, folder):
+    argv = [sys.executable, "-X", "importtime", str(REPOSITORY / program), "--help"]  # says what it has imported
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while "numpy" not in running.stderr.readline():
+            pass
+        running.send_signal(signal.SIGINT)
+        out, errors = running.communicate(timeout=60)
+    assert running.returncode == -signal.SIGINT
+    assert out == ""
+    assert all(line.startswith("import time:") for line in errors.splitlines())
 
 
 def test_ctrl_c_is_quiet_and_status_130(dataset):
