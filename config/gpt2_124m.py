@@ -1,7 +1,7 @@
 # GPT-2 small (124M parameters) on 8 GPUs: torchrun --nproc_per_node=8 train.py config/gpt2_124m.py. Not measured yet.
 #
 # data/openwebtext/ is yours to bring: train.bin and val.bin of GPT-2 tokens, as nanoGPT writes them, and beside them a
-# meta.json that says {"tokenizer": "gpt2", "vocab_size": 50257}.
+# meta.json that says {"tokenizer": "gpt2", "vocab_size": 50257}; or made by prepare.py --tokenizer=gpt2.
 dataset = "openwebtext"
 out_dir = "out/gpt2_124m"
 
