@@ -89,7 +89,7 @@ class TrainConfig:
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
     init_from: str = key(
         "auto",
-        "auto: resume where out_dir has a checkpoint; scratch; resume; or the weights to begin with: gpt2, gpt2-medium, "
+        "auto: resume where out_dir has a checkpoint; scratch; resume; or weights to begin with: gpt2, gpt2-medium, "
         "gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint file, nanoGPT's too",
     )
 
