@@ -10,6 +10,7 @@ Knows text and files; knows nothing of models. Works in pieces, so that memory d
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -210,9 +211,12 @@ def encode_file(tokenizer: "Tokenizer", path: Path, val_fraction: float) -> dict
     digest, counts = hashlib.sha256(), [(0, 0)]  # tokens and bytes of every piece
     with replacing(path.with_name("train.bin")) as train, replacing(path.with_name("val.bin")) as val:
         for text in read_pieces(path):
-            data, ids = text.encode(), tokenizer.encode(text)
+            try:
+                data, ids = text.encode(), tokenizer.encode(text)
+            except ValueError as error:
+                raise UserError(f"{path} cannot be written in these tokens: {error}") from None
             if len(counts) == 1 and tokenizer.decode(ids) != text:
-                raise UserError(f"the tokens of {path} do not give back its text: take another --tokenizer")
+                raise UserError(f"{path} cannot be written in these tokens: in pieces they do not give it back")
             digest.update(data)
             counts.append((len(ids), len(data)))
             train.write(ids)
@@ -308,9 +312,15 @@ class SubwordTokenizer:
             raise ValueError(f"it has {self.vocab_size:,} tokens; uint16 can tell {MAX_VOCAB_SIZE:,} apart")
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (uint16); a long text is divided among all cores."""
-        encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
-        return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
+        """Token ids (uint16); a long text is divided among all cores. Raises ValueError if they do not give it back."""
+        parts = PARTS.findall(text)
+        try:
+            ids = [encoding.ids for encoding in self.library.encode_batch_fast(parts, add_special_tokens=False)]
+        except Exception as error:  # of no class of its own
+            raise ValueError(str(error)) from None
+        if self.library.decode_batch(ids, skip_special_tokens=False) != parts:
+            raise ValueError("this tokenizer loses some of the text")
+        return np.fromiter(itertools.chain.from_iterable(ids), TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
         return self.library.decode(ids.tolist(), skip_special_tokens=False)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,52 @@ def test_a_checkpoint_with_another_content(trained, data):
     path = data.draw(st.sampled_from(list(places(content))))
     torch.save(changed(content, path, data.draw(values | tensors), data.draw(st.booleans())), trained)
     sample_and_resume()
+
+
+@fuzz
+@given(data=st.data())
+def test_a_checkpoint_of_nanogpt_with_another_content(trained, data):
+    ours = checkpoint(trained)
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    theirs = {
+        "model": ours["model"],
+        "model_args": {name: ours["model_config"][name] for name in names},
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(2.0),
+        "config": {"dataset": "shakespeare_char"},
+    }
+    path = data.draw(st.sampled_from(list(places(theirs))))
+    torch.save(changed(theirs, path, data.draw(values | tensors), data.draw(st.booleans())), "their.pt")
+    begin = {"init_from": "their.pt", "out_dir": "fine", "max_iters": 1}
+    refused_or_done(lambda: sample.main(["--init_from=their.pt", "--max_new_tokens=2"]), lambda: train_here(**begin))
+    shutil.rmtree("fine", ignore_errors=True)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_checkpoint_with_another_tokenizer_json(trained, data):
+    content = checkpoint(trained)
+    if "chars" in content["tokenizer"]:
+        Path("tokenizer.json").write_text(prepare.tokenizer_of(content["tokenizer"]).to_library().to_str())
+    facts = json.loads(Path("tokenizer.json").read_text())
+    path = data.draw(st.sampled_from(list(places(facts))))
+    facts = changed(facts, path, data.draw(values | st.floats(allow_nan=False)), data.draw(st.booleans()))
+    tokenizer = {"tokenizer": "theirs", "vocab_size": 21, "json": json.dumps(facts)}
+    torch.save(content | {"tokenizer": tokenizer}, "out/best.pt")
+    refused_or_done(lambda: sample.main(["--max_new_tokens=2", "--start=the"]))
+
+
+@fuzz
+@given(data=st.data())
+def test_a_folder_of_hugging_face_with_another_config(trained, data):
+    if not Path("hf/config.json").exists():
+        sample.main(["--save_pretrained=hf"])
+        shutil.copy("hf/config.json", "good.json")
+    facts = json.loads(Path("good.json").read_text())
+    path = data.draw(st.sampled_from(list(places(facts))))
+    facts = changed(facts, path, data.draw(values), data.draw(st.booleans()))
+    Path("hf/config.json").write_text(json.dumps(facts), errors="surrogatepass")
+    refused_or_done(lambda: sample.main(["--init_from=hf", "--max_new_tokens=2"]))
 
 
 @fuzz

@@ -190,7 +190,7 @@ def test_a_tokenizer_that_loses_text_is_refused(folder):
     library.normalizer = tokenizers.normalizers.Lowercase()
     library.save("lower.json")
     (folder / "my.txt").write_text("abc ABC " * 100)
-    with pytest.raises(UserError, match=r"the tokens of data/mine/input.txt do not give back its text"):
+    with pytest.raises(UserError, match=r"data/mine/input.txt cannot be written in these tokens: this tokenizer loses"):
         prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=lower.json"])
     assert files(folder) == ["data/mine/input.txt"]
 
