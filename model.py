@@ -304,7 +304,9 @@ class GPT(LanguageModel):
         if block_size > self.config.block_size:
             raise ValueError(f"block_size ({block_size}) is more than the model's ({self.config.block_size})")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size], freeze=False)
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size].clone(), freeze=False
+        )
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
@@ -313,16 +315,18 @@ class GPT(LanguageModel):
         Raises OSError when they cannot be had, ValueError for another architecture, ImportError without transformers.
         """
         transformers = hugging_face()
-        theirs = transformers.AutoConfig.from_pretrained(name_or_folder)
+        theirs = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
         for name, expected in GPT2.items():
             if (found := getattr(theirs, name, None)) not in expected:
                 raise ValueError(f"{name_or_folder} is not like GPT-2: its {name} is {found!r}, not {expected[0]!r}")
         if theirs.n_inner not in (None, 4 * theirs.n_embd):
             raise ValueError(f"{name_or_folder} is not like GPT-2: its n_inner is {theirs.n_inner}, not 4 n_embd")
-        weights = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder).float().state_dict()
+        pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
+        if report["missing_keys"] or report["mismatched_keys"]:  # which transformers makes up
+            raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
         model = cls(GPTConfig(*sizes, dropout))
-        model.load_state_dict(transposed(weights))
+        model.load_state_dict(transposed(pretrained.float().state_dict()))
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -41,8 +41,9 @@ TOKEN = np.dtype("<u2")  # a .bin is nothing but these: little-endian uint16, th
 MAX_VOCAB_SIZE = 2**16
 PIECE = 2**20  # bytes of text in memory at a time
 PART = 2**14  # characters that one thread encodes at a time
-# Where a tokenizer surely divides a text: after the letter or digit that ends a word.
-WORD_END = r"(?<=[^\W_])(?=[ \n])"
+LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
+# Where a tokenizer surely divides a text: before the blank after a letter or digit.
+WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}\Z|.{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
@@ -58,9 +59,10 @@ class PrepareConfig:
     val_fraction: float = key(0.1, "share of the tokens kept for validation: the last ones")
     tokenizer: str = key(
         "auto",
-        "char, bpe, gpt2 or the path of a tokenizer.json; auto: gpt2 for a dataset whose name ends so, else char",
+        "char, bpe, gpt2, or the path of a tokenizer.json, or of the meta.json of another dataset; "
+        "auto: gpt2 for a dataset whose name ends so, else char",
     )
-    vocab_size: int = key(512, "tokens that --tokenizer=bpe learns")
+    vocab_size: int | None = key(None, "tokens that --tokenizer=bpe learns; None: 512")
 
     def __post_init__(self):
         dataset_folder(self.dataset)
@@ -68,7 +70,9 @@ class PrepareConfig:
             self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
         if self.tokenizer not in ("char", "bpe", "gpt2") and not self.tokenizer.endswith(".json"):
             raise ValueError(f"tokenizer must be char, bpe, gpt2 or a tokenizer.json, found {self.tokenizer!r}")
-        if not 256 <= self.vocab_size <= MAX_VOCAB_SIZE:
+        if self.vocab_size and self.tokenizer != "bpe":
+            raise ValueError(f"vocab_size is of --tokenizer=bpe, found --tokenizer={self.tokenizer}")
+        if self.vocab_size and not 256 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size must be from 256, a token a byte, to {MAX_VOCAB_SIZE}, found {self.vocab_size}"
             )
@@ -208,15 +212,16 @@ def last_word_end(text: str) -> int:
 
 def encode_file(tokenizer: "Tokenizer", path: Path, val_fraction: float) -> dict[str, Any]:
     """Write the tokens of the text to train.bin beside it, and the last of them to val.bin; returns facts of both."""
-    digest, counts = hashlib.sha256(), [(0, 0)]  # tokens and bytes of every piece
+    digest, counts, last = hashlib.sha256(), [(0, 0)], np.array([], TOKEN)  # counts: tokens and bytes of every piece
     with replacing(path.with_name("train.bin")) as train, replacing(path.with_name("val.bin")) as val:
         for text in read_pieces(path):
             try:
                 data, ids = text.encode(), tokenizer.encode(text)
             except ValueError as error:
                 raise UserError(f"{path} cannot be written in these tokens: {error}") from None
-            if len(counts) == 1 and tokenizer.decode(ids) != text:
-                raise UserError(f"{path} cannot be written in these tokens: in pieces they do not give it back")
+            if isinstance(tokenizer, SubwordTokenizer) and text_after(last, ids, tokenizer) != text:
+                raise UserError(f"{path} cannot be written in these tokens: they do not give it back")
+            last = ids[-1:]
             digest.update(data)
             counts.append((len(ids), len(data)))
             train.write(ids)
@@ -302,34 +307,42 @@ class SubwordTokenizer:
 
     def __init__(self, name: str, library: Any):
         tokenizers = extra("tokenizers")
-        try:
+        with as_value_error():
             self.library = tokenizers.Tokenizer.from_str(library) if isinstance(library, str) else library
-        except Exception as error:
-            raise ValueError(f"it is no tokenizer.json: {error}") from None
+            self.library.no_padding()
+            self.library.no_truncation()
+            self.library.post_processor = None  # which only adds tokens to those of the text
         self.name = name
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"it has {self.vocab_size:,} tokens; uint16 can tell {MAX_VOCAB_SIZE:,} apart")
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (uint16); a long text is divided among all cores. Raises ValueError if they do not give it back."""
-        parts = PARTS.findall(text)
-        try:
-            ids = [encoding.ids for encoding in self.library.encode_batch_fast(parts, add_special_tokens=False)]
-        except Exception as error:  # of no class of its own
-            raise ValueError(str(error)) from None
-        if self.library.decode_batch(ids, skip_special_tokens=False) != parts:
-            raise ValueError("this tokenizer loses some of the text")
-        return np.fromiter(itertools.chain.from_iterable(ids), TOKEN)
+        """Token ids (uint16); a long text is divided among all cores. Raises ValueError for one that has none."""
+        with as_value_error():
+            encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
+            return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
-        return self.library.decode(ids.tolist(), skip_special_tokens=False)
+        with as_value_error():
+            return self.library.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_dict(self) -> dict:
         return {"tokenizer": self.name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
 
     def to_library(self) -> Any:
         return self.library
+
+
+@contextmanager
+def as_value_error() -> Iterator[None]:
+    """What `tokenizers` raises, panics of its Rust included, has no class of its own: make it ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"tokenizers says: {error}") from None
 
 
 Tokenizer = CharTokenizer | SubwordTokenizer
@@ -340,12 +353,14 @@ def make_tokenizer(config: PrepareConfig, text: Path) -> Tokenizer:
     if config.tokenizer == "char":
         return all_characters(text)
     if config.tokenizer == "bpe":
-        return learned_bpe(text, config.vocab_size)
+        return learned_bpe(text, config.vocab_size or 512)
     if config.tokenizer == "gpt2":
         return tokenizer_of({"tokenizer": "gpt2"})
     try:
-        return SubwordTokenizer(config.tokenizer, Path(config.tokenizer).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = Path(config.tokenizer).read_text(encoding="utf-8")
+        facts = json.loads(content)
+        return tokenizer_of(facts) if "tokenizer" in facts else SubwordTokenizer(config.tokenizer, content)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
 
 
@@ -363,7 +378,10 @@ def all_characters(path: Path) -> CharTokenizer:
 
 
 def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
-    """Byte-pair encoding of the text (Sennrich et al., 2016), from single bytes up as in GPT-2, so of any text."""
+    """Byte-pair encoding of the text (Sennrich et al., 2016), from single bytes up as in GPT-2, so of any text.
+
+    Of a long text it reads pieces at equal distances, for it keeps every different word in memory.
+    """
     tokenizers = extra("tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -372,7 +390,8 @@ def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
-    parts = (part for text in read_pieces(path) for part in PARTS.findall(text))  # it collects 256 of them
+    pieces = itertools.islice(read_pieces(path), 0, None, 1 + path.stat().st_size // LEARN_FROM)
+    parts = (part for text in pieces for part in PARTS.findall(text))  # small, for it collects 256 of them
     library.train_from_iterator(parts, trainer)
     return SubwordTokenizer("bpe", library)
 
@@ -415,12 +434,18 @@ def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     before, new = [], []
     for id in ids:
         new.append(id)
-        text = tokenizer.decode(np.array(before + new))[len(tokenizer.decode(np.array(before, int))) :]
+        text = text_after(before, new, tokenizer)
         if text and not text.endswith("\ufffd"):  # which stands for bytes that are no character yet
             yield text
             before, new = new, []
     if new:
-        yield tokenizer.decode(np.array(before + new))[len(tokenizer.decode(np.array(before, int))) :]
+        yield text_after(before, new, tokenizer)
+
+
+def text_after(before: list[int] | np.ndarray, ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens that follow `before`: some tokenizers drop the blank of the very first one."""
+    before = np.array(before, TOKEN)
+    return tokenizer.decode(np.concatenate((before, np.array(ids, TOKEN))))[len(tokenizer.decode(before)) :]
 
 
 def code_points(text: str) -> np.ndarray:
@@ -441,8 +466,8 @@ def load_meta(dataset: str) -> dict:
         meta = json.loads(path.read_bytes())
         if meta["tokenizer"] == "char":  # any other one is of no concern before there is a text to encode
             tokenizer_of(meta)
-        if type(meta.get("val_bytes", 1)) is not int or meta.get("val_bytes", 1) < 1:
-            raise ValueError(f"val_bytes must be at least 1, found {meta['val_bytes']}")
+        if type(meta.get("val_bytes", 1)) is not int or not 0 < meta.get("val_bytes", 1) < 2**63:
+            raise ValueError(f"val_bytes must be at least 1 and below 2^63, found {meta['val_bytes']}")
         if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, found {meta['vocab_size']}")
         return meta

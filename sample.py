@@ -8,10 +8,12 @@ Reads out_dir and nothing else: a checkpoint carries its tokenizer.
     python sample.py --out_dir=out --save_pretrained=FOLDER      the model for Hugging Face's transformers, instead
 """
 
+import json
 import signal
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 # While torch is loaded, Ctrl-C just ends the program; then `run` sees to it. What ignores it goes on ignoring it.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -21,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, UserError, extra, key, read, run
+from config import ConfigError, UserError, key, read, run
 from model import GPT, LanguageModel
-from prepare import SubwordTokenizer, Tokenizer, decoded_stream, first_token, tokenizer_of
-from train import GPT2_NAMES, choose_device, keep_freed_memory, load_checkpoint, model_of, pretrained, unusable
+from prepare import Tokenizer, decoded_stream, first_token, tokenizer_of
+from train import check_source, choose_device, keep_freed_memory, pretrained
 
 
 @dataclass
@@ -56,6 +58,8 @@ class SampleConfig:
             raise ValueError(f"temperature must be 0, or at least 0.001 and finite, found {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, found {self.seed}")
+        if self.init_from:
+            check_source(self.init_from)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
@@ -90,43 +94,39 @@ def main(argv: list[str]) -> None:
 
 def load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
     """The model of `init_from`, or of the checkpoint in out_dir, and its tokenizer."""
-    if config.init_from and not Path(config.init_from).is_file():
-        model, _ = pretrained(config.init_from)
-        return model, tokenizer_beside(config.init_from)
-    path = Path(config.init_from) if config.init_from else find_checkpoint(Path(config.out_dir))
-    checkpoint = load_checkpoint(path)
-    model = model_of(checkpoint, path)
+    source = config.init_from or find_checkpoint(Path(config.out_dir))
+    model, facts = pretrained(source)
+    if not facts:  # Hugging Face's format
+        file = Path(source) / "tokenizer.json"
+        facts = {"tokenizer": "gpt2"}
+        if Path(source).exists():
+            facts = {"tokenizer": str(file), "json": file.read_text(encoding="utf-8")}
     try:
-        tokenizer = tokenizer_of(checkpoint["tokenizer"])
+        tokenizer = tokenizer_of(facts)
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
     except (ValueError, TypeError, KeyError) as error:
-        raise unusable(path, error) from None
+        raise UserError(f"{source} has no usable tokenizer ({type(error).__name__}: {error})") from None
     return model, tokenizer
 
 
-def tokenizer_beside(name_or_folder: str) -> Tokenizer:
-    """The tokenizer of a model in Hugging Face's format: the folder's tokenizer.json, or GPT-2's for its names."""
-    if name_or_folder in GPT2_NAMES and not Path(name_or_folder).exists():
-        return tokenizer_of({"tokenizer": "gpt2"})
-    path = Path(name_or_folder) / "tokenizer.json"
-    try:
-        return SubwordTokenizer(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model's tokenizer: {path}: {error}") from None
-
-
 def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: str) -> None:
-    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer."""
+    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer; each file takes its place whole."""
     if not isinstance(model, GPT):
-        raise ConfigError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
-    try:
-        model.save_pretrained(folder)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(str(error)) from None
-    extra("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.to_library(), clean_up_tokenization_spaces=False
-    ).save_pretrained(folder)
+        raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as beside:
+        try:
+            model.save_pretrained(beside)
+            tokenizer.to_library().save(str(Path(beside) / "tokenizer.json"))
+            (Path(beside) / "tokenizer_config.json").write_text(json.dumps(facts))
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # a full disk has another name in every library
+            raise UserError(f"cannot write {folder}: {error}") from None
+        for file in Path(beside).iterdir():
+            file.replace(Path(folder) / file.name)
     print(f'{folder}: open it with transformers.pipeline("text-generation", model="{folder}")')
 
 

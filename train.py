@@ -12,6 +12,8 @@ for bit, one process and eight see the same batches, and losses can be compared.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import math
 import os
 import pickle
@@ -145,11 +147,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
-        if self.init_from not in STARTS + GPT2_NAMES and not Path(self.init_from).exists():
-            raise ValueError(
-                f"init_from must be {', '.join(STARTS + GPT2_NAMES)}, a folder in Hugging Face's format or a "
-                f"checkpoint file, found {self.init_from!r}{did_you_mean(self.init_from, STARTS + GPT2_NAMES)}"
-            )
+        if self.init_from not in STARTS:
+            check_source(self.init_from, STARTS)
         if not self.out_dir:
             raise ValueError("out_dir is empty: it must name a folder")
         dataset_folder(self.dataset)
@@ -353,8 +352,9 @@ def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConf
     train_loss, val_loss = (
         evaluate(state.model, splits[split], n_tokens, config, process) for split in ("train", "val")
     )
-    n_bytes = splits["val"].n_bytes  # of text: what tokenizers of every kind can be compared by
-    bits_per_byte = val_loss / math.log(2) * len(splits["val"]) / n_bytes if n_bytes else None
+    bits_per_byte = None  # of text: what tokenizers of every kind can be compared by
+    if splits["val"].n_bytes and n_tokens == len(splits["val"]) - 1:
+        bits_per_byte = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
     log.evaluation(state.step, train_loss, val_loss, bits_per_byte)
     if not math.isfinite(val_loss):
         raise diverged(f"validation loss is {val_loss}", state.step, config)
@@ -443,7 +443,7 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         raise UserError(f"{path} is not the same on every machine: all must see the same folder")
     init_from = checkpoint["config"].get("init_from") if checkpoint else config.init_from
     tokenizer = {name: meta[name] for name in TOKENIZER if name in meta}
-    wanted = {"model": config.model, **asdict(config.model_config(meta["vocab_size"])), **tokenizer}
+    wanted = {"model": config.model, **asdict(config.model_config(meta["vocab_size"])), **tokens_of(tokenizer)}
     if checkpoint:
         model, found_tokenizer = model_of(checkpoint, path, config.dropout), checkpoint["tokenizer"]
     elif init_from in STARTS:
@@ -451,16 +451,15 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         model, found_tokenizer = MODELS[config.model](config.model_config(meta["vocab_size"])), tokenizer
     else:
         model, found_tokenizer = pretrained(init_from, config.dropout, config.block_size)
-    found = {"model": {GPT: "gpt", Bigram: "bigram"}[type(model)], **asdict(model.config), **found_tokenizer}
+    found = {"model": {GPT: "gpt", Bigram: "bigram"}[type(model)], **asdict(model.config), **tokens_of(found_tokenizer)}
     if init_from not in STARTS:  # then the shape is that of the weights, whatever config says
         wanted |= {name: found[name] for name in SHAPE}
     if config.init_from not in STARTS:
         found, wanted = found | {"init_from": init_from}, wanted | {"init_from": config.init_from}
+    or_scratch = " or --init_from=scratch" if init_from in STARTS else ""
     if differences := changes(found, {name: wanted[name] for name in wanted if name in found}):
         if checkpoint:
-            raise ConfigError(
-                f"{path} holds another model ({differences}): take another --out_dir or --init_from=scratch"
-            )
+            raise ConfigError(f"{path} holds another model ({differences}): take another --out_dir{or_scratch}")
         raise ConfigError(f"{init_from} does not fit these settings and data/{config.dataset} ({differences})")
     model.to(process.device)
     # Small float16 gradients would vanish without a scale; the other types need none.
@@ -484,11 +483,13 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         changed = changes(checkpoint["config"], state.settings(config))
         process.say(f"going on from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
     elif init_from not in STARTS:
-        process.say(f"starting from {init_from}")
+        process.say(f"starting from {init_from}: {', '.join(f'{name} {found[name]}' for name in SHAPE)}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     process.say(f"{n_parameters / 1e6:.2f}M parameters on {process}")
     if state.step >= config.max_iters and not config.eval_only:
-        process.say(f"max_iters ({config.max_iters}) is reached; a higher one goes on, --init_from=scratch starts anew")
+        process.say(
+            f"max_iters ({config.max_iters}) is reached: raise it to go on, or take another --out_dir{or_scratch}"
+        )
     return state
 
 
@@ -532,16 +533,23 @@ def from_nanogpt(theirs: dict) -> dict:
     """A checkpoint of nanoGPT in the form of ours, without its optimizer. It does not say what its tokens mean."""
     shape, weights, dataset = theirs["model_args"], theirs["model"], theirs["config"]["dataset"]
     weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # an old mask
     if shape["vocab_size"] == 50304:  # GPT-2's 50,257 tokens rounded up for speed: the rest never occurs
         shape = shape | {"vocab_size": 50257}
         weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
-    if (dataset_folder(dataset) / "meta.json").exists():
+    path = dataset_folder(dataset) / "meta.json"
+    if path.exists():
         meta = load_meta(dataset)
+        if meta["vocab_size"] != shape["vocab_size"]:
+            raise UserError(
+                f"{path} has {meta['vocab_size']} tokens, this checkpoint of nanoGPT {shape['vocab_size']}: "
+                f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
+            )
     elif shape["vocab_size"] == 50257:
         meta = {"tokenizer": "gpt2", "vocab_size": 50257}
     else:
         raise UserError(
-            f"this checkpoint of nanoGPT needs the meta.json of its dataset: "
+            f"this checkpoint of nanoGPT needs {path}: "
             f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
         )
     return {
@@ -555,12 +563,33 @@ def from_nanogpt(theirs: dict) -> dict:
     }
 
 
-def pretrained(source: str, dropout: float = 0.0, block_size: int | None = None) -> tuple[LanguageModel, dict]:
-    """The model of a checkpoint file, of a folder in Hugging Face's format or of one of its names; and its tokenizer.
+def tokens_of(tokenizer: dict) -> dict:
+    """What its tokens mean, whatever the tokenizer is called; what is not known is left out."""
+    meaning = {name: tokenizer[name] for name in ("vocab_size", "chars") if name in tokenizer}
+    try:
+        content = json.loads(tokenizer["json"])
+        tokens = json.dumps((content["model"], content["added_tokens"]), sort_keys=True)
+        return meaning | {"tokens": hashlib.sha256(tokens.encode()).hexdigest()[:16]}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return meaning
 
-    Of Hugging Face's only the name of the tokenizer is known here. Raises UserError for one that cannot be used.
+
+def check_source(source: str, others: tuple[str, ...] = ()) -> None:
+    """Raise ValueError if init_from is neither one of the names nor a file or folder."""
+    if source not in GPT2_NAMES and not Path(source).exists():
+        known = (*others, *GPT2_NAMES)
+        raise ValueError(
+            f"init_from must be {', '.join(known)}, a folder in Hugging Face's format or a checkpoint file, "
+            f"found {source!r}{did_you_mean(source, known)}"
+        )
+
+
+def pretrained(source: str | Path, dropout: float = 0.0, block_size: int | None = None) -> tuple[LanguageModel, dict]:
+    """The model of a checkpoint file or its folder, or in Hugging Face's format; and, of the former, its tokenizer.
+
+    Raises UserError for one that cannot be used.
     """
-    path = Path(source)
+    path = next((file for name in ("best.pt", "ckpt.pt") if (file := Path(source) / name).is_file()), Path(source))
     try:
         if path.is_file():
             checkpoint = load_checkpoint(path)
@@ -570,10 +599,10 @@ def pretrained(source: str, dropout: float = 0.0, block_size: int | None = None)
         if block_size and isinstance(model, GPT):
             model.crop(block_size)
         return model, tokenizer
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # transformers has many
-        raise UserError(f"cannot begin with {source}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot begin with {source}: {first_line(error)}") from None
 
 
 def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageModel:
@@ -594,13 +623,17 @@ def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageMode
 
 
 def unusable(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else ""
+    reason = first_line(error)
     if isinstance(error, pickle.UnpicklingError):  # torch advises to run the code
         reason = "it holds more than tensors and plain values"
     return UserError(
         f"{path} is not a usable checkpoint ({type(error).__name__}: {reason}); bring back a copy of it, "
-        "or start over with train.py --init_from=scratch"
+        "or start over in another --out_dir"
     )
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def changes(old: dict, new: dict) -> str:
@@ -924,7 +957,11 @@ class Board:
     """The figures of the log, the settings and a sample at each evaluation, as events that TensorBoard shows."""
 
     def __init__(self, config: TrainConfig, state: State):
-        self.state, self.seed, self.tokenizer = state, config.seed, tokenizer_of(state.tokenizer)
+        self.state, self.seed = state, config.seed
+        try:
+            self.tokenizer = tokenizer_of(state.tokenizer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"data/{config.dataset}/meta.json has no usable tokenizer: {error}") from None
         self.writer = extra("torch.utils.tensorboard").SummaryWriter(
             config.out_dir,
             purge_step=state.step + 1 if state.step else 0,  # what an older run did after this step

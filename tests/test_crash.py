@@ -18,7 +18,7 @@ from conftest import REPOSITORY, checkpoint, command, losses, rows, same, tiny, 
 import train
 from config import UserError
 
-KILLS = int(os.environ.get("KILLS", 5))  # KILLS=50 python -m pytest -k killed: the long version, by hand
+KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 python -m pytest -k killed: the long version, by hand
 
 
 @contextmanager
@@ -93,14 +93,14 @@ def test_what_a_killed_write_leaves_behind_disturbs_nobody(dataset):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(dataset, number, status):
-    settings = tiny(max_iters=600, eval_interval=300, log_interval=7)
+    settings = tiny(max_iters=300, eval_interval=150, log_interval=7)
     with start(*settings) as running:
         wait_for(running, "step 21/")
         running.send_signal(number)
         out, errors = running.communicate(timeout=60)
     assert (running.returncode, without_progress(errors)) == (status, "")
     said = re.search(rf"^stopped by {number.name} after step (\d+); the same command goes on from there\n\Z", out, re.M)
-    assert 21 <= int(said[1]) == checkpoint()["step"] < 300
+    assert 21 <= int(said[1]) == checkpoint()["step"] < 150
     train.main(settings)
     train.main([*settings, "--out_dir=whole"])
     assert_same_end("out", "whole")

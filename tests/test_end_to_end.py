@@ -2,12 +2,16 @@
 
 import http.server
 import os
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, command, losses
+from conftest import REPOSITORY, command, losses, tiny
 
 import sample
 import train
@@ -25,6 +29,13 @@ def test_own_text_prepare_train_sample(folder):
     assert losses(trained.stdout)[150][1] < 0.5
     said = command("sample.py", "--out_dir=out/mine", "--start=Wär ich", "--temperature=0", "--max_new_tokens=24")
     assert said.stdout == "Wär ich ein Vöglein, flög ich z\n"
+
+
+def test_the_line_of_the_readme_draws_the_curve(dataset):
+    train.main(tiny(out_dir="out/shakespeare_char_cpu"))
+    [line] = re.findall(r'^python -c "(.*matplotlib.*)"$', (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    subprocess.run([sys.executable, "-c", line], check=True)
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def rungs():

@@ -1,6 +1,7 @@
 """Models that come from elsewhere and go elsewhere: Hugging Face's transformers and nanoGPT. No network is needed."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import checkpoint, losses, same, train_here
+from conftest import checkpoint, command, losses, same, train_here
 
 import prepare
 import sample
@@ -118,12 +119,30 @@ def test_another_architecture_is_refused(folder):
         train.pretrained("llama")
 
 
+def test_weights_that_a_folder_lacks_are_not_made_up(folder):
+    gpt2(**SHAPES[0]).save_pretrained("gpt2")
+    config = json.loads(Path("gpt2/config.json").read_text())
+    Path("gpt2/config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(UserError, match=r"^cannot begin with gpt2: gpt2 has not all the weights that its config.json"):
+        train.pretrained("gpt2")
+
+
+def test_a_strangers_folder_runs_no_code(folder):
+    Path("evil").mkdir()
+    Path("evil/evil.py").write_text("open('ran', 'w')\nfrom transformers import GPT2Config as Evil")
+    Path("evil/config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    ended = command("sample.py", "--init_from=evil", input="y\n", env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert ended.returncode == 1
+    assert "sample.py: cannot begin with evil: " in ended.stderr
+    assert not Path("ran").exists()
+
+
 def test_fine_tuning_begins_with_the_weights_and_goes_on_from_its_own(gpt2_folder, capsys):
     start = {"init_from": "gpt2", "n_layer": 7, "n_embd": 64}  # the shape is that of the weights
     start |= {"dropout": 0.0, "lr_decay_iters": 20}
     train_here(**start, max_iters=10, out_dir="half")
     out = capsys.readouterr().out
-    assert "starting from gpt2\n" in out
+    assert "starting from gpt2: n_layer 2, n_head 2, n_embd 32, bias True, " in out
     config = checkpoint("half/ckpt.pt")["config"]
     assert (config["n_layer"], config["n_embd"], config["bias"]) == (2, 32, True)
     blocks = prepared_blocks("val")
@@ -178,7 +197,7 @@ def test_sampling_from_a_folder_of_transformers(gpt2_folder, capsys):
     expected = gpt2(**SHAPES[0]).generate(idx, max_new_tokens=10, do_sample=False)
     assert capsys.readouterr().out == tokenizer.decode(expected[0].numpy()) + "\n"
     Path("gpt2/tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"cannot read the model's tokenizer: gpt2/tokenizer.json: .*No such file"):
+    with pytest.raises(OSError, match=r"No such file or directory: 'gpt2/tokenizer.json'"):
         sample.main(["--init_from=gpt2"])
 
 
@@ -202,7 +221,7 @@ def mine(folder):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_transformers_continues_with_our_greedy_text(mine, capsys, tokenizer, bias):
-    prepare.main([f"--input={mine}", f"--tokenizer={tokenizer}", "--vocab_size=300"])
+    prepare.main([f"--input={mine}", f"--tokenizer={tokenizer}"])
     train_here(max_iters=60, learning_rate=1e-2, block_size=64, bias=bias)
     capsys.readouterr()
     sample.main(["--save_pretrained=hf"])
@@ -223,6 +242,51 @@ def test_transformers_continues_with_our_greedy_text(mine, capsys, tokenizer, bi
     torch.testing.assert_close(model(idx).logits, train.model_of(content, "best.pt").eval()(idx)[0], rtol=0, atol=1e-4)
 
 
+def test_an_export_that_fails_leaves_the_old_one(dataset, capsys, monkeypatch):
+    train_here(max_iters=1)
+    sample.main(["--save_pretrained=hf"])
+    before = {path.name: path.read_bytes() for path in Path("hf").iterdir()}
+    monkeypatch.setattr(prepare.CharTokenizer, "to_library", lambda self: 1 / 0)
+    train_here(max_iters=2)
+    with pytest.raises(UserError, match=r"^cannot write hf: division by zero$"):
+        sample.main(["--save_pretrained=hf"])
+    assert {path.name: path.read_bytes() for path in Path("hf").iterdir()} == before
+    Path("file").touch()
+    with pytest.raises(FileExistsError):
+        sample.main(["--save_pretrained=file"])
+
+
+def test_an_exported_tokenizer_prepares_another_text_for_fine_tuning(dataset, capsys):
+    """Three ways to the same tokens: the export's tokenizer.json, the dataset's meta.json, the export brought back."""
+    train_here(max_iters=2)
+    sample.main(["--save_pretrained=hf"])
+    Path("more.txt").write_text("did the queen speak? ".replace("?", "") * 100)
+    for tokenizer in ("hf/tokenizer.json", "data/shakespeare_char/meta.json"):
+        prepare.main(["--dataset=more", "--input=more.txt", f"--tokenizer={tokenizer}"])
+        assert prepare.load_meta("more")["vocab_size"] == 21
+        for source in ("out/best.pt", "out", "hf"):
+            train_here(dataset="more", init_from=source, max_iters=1, out_dir="fine")
+            shutil.rmtree("fine")
+    prepare.main(["--dataset=other", "--input=more.txt"])  # other characters, other tokens
+    with pytest.raises(ConfigError, match=r"out/best.pt does not fit .* data/other \(vocab_size 21 -> "):
+        train_here(dataset="other", init_from="out/best.pt", max_iters=1, out_dir="fine")
+
+
+def test_the_name_of_a_tokenizer_does_not_matter_its_tokens_do(mine):
+    prepare.main([f"--input={mine}", "--tokenizer=bpe", "--vocab_size=300"])
+    tokenizer = prepare.tokenizer_of(prepare.load_meta("shakespeare_char"))
+    tokenizer.library.save("same.json")
+    train_here(max_iters=1)
+    prepare.main([f"--input={mine}", "--tokenizer=same.json"])
+    train_here(max_iters=2)
+    assert checkpoint()["step"] == 2
+    other = mine.with_name("other.txt")
+    other.write_text(mine.read_text().replace("flög", "blau"))
+    prepare.main([f"--input={other}", "--tokenizer=bpe", "--vocab_size=300"])
+    with pytest.raises(ConfigError, match=r"out/ckpt.pt holds another model \(.*tokens '\w+' -> '\w+'\)"):
+        train_here(max_iters=3)
+
+
 def test_what_went_out_comes_back(dataset, capsys):
     train_here(max_iters=5)
     sample.main(["--save_pretrained=hf"])
@@ -236,15 +300,18 @@ def test_what_went_out_comes_back(dataset, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feed_forward": False}, "only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm"),
+        (
+            {"feed_forward": False},
+            "cannot write hf: only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm",
+        ),
         ({"model": "bigram"}, "only a GPT can be saved in Hugging Face's format, this is a bigram table"),
     ],
 )
 def test_what_is_no_gpt2_is_not_saved_as_one(dataset, changes, message):
     train_here(max_iters=1, **changes)
-    with pytest.raises(ConfigError, match=f"^{message}$"):
+    with pytest.raises(UserError, match=f"^{message}$"):
         sample.main(["--save_pretrained=hf"])
-    assert not Path("hf").exists()
+    assert not Path("hf/config.json").exists()
 
 
 # nanoGPT
@@ -256,9 +323,10 @@ def nanogpt(path, compiled=False, **changes):
     torch.manual_seed(3)
     model = GPT(config).eval()
     prefix = "_orig_mod." if compiled else ""
+    mask = {f"{prefix}transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16).tril()}  # of a torch without fused attention
     args = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     content = {
-        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()} | mask,
         "optimizer": train.adamw(model, train.TrainConfig()).state_dict(),
         "model_args": {name: getattr(config, name) for name in args},
         "iter_num": 2000,
@@ -311,6 +379,12 @@ def test_a_checkpoint_of_nanogpt_whose_characters_are_not_known_is_refused(datas
         UserError, match=r"python prepare.py --dataset=shakespeare_char --input=FILE makes it from the text"
     ):
         sample.main(["--out_dir=."])
+
+
+def test_a_checkpoint_of_nanogpt_of_another_text_is_refused(dataset):
+    nanogpt("nano/ckpt.pt", vocab_size=65)
+    with pytest.raises(UserError, match=r"^data/shakespeare_char/meta.json has 21 tokens, this .* nanoGPT 65"):
+        sample.main(["--out_dir=nano"])
 
 
 def test_a_folder_of_nanogpts_tokens_trains(folder, capsys):

@@ -4,9 +4,9 @@ import http.server
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
-import tracemalloc
 import types
 from pathlib import Path
 
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_loses_text_is_refused(folder):
     library.normalizer = tokenizers.normalizers.Lowercase()
     library.save("lower.json")
     (folder / "my.txt").write_text("abc ABC " * 100)
-    with pytest.raises(UserError, match=r"data/mine/input.txt cannot be written in these tokens: this tokenizer loses"):
+    with pytest.raises(UserError, match=r"data/mine/input.txt cannot be written in .*: they do not give it back"):
         prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=lower.json"])
     assert files(folder) == ["data/mine/input.txt"]
 
@@ -199,7 +199,9 @@ def test_a_tokenizer_that_loses_text_is_refused(folder):
     ("content", "problem"),
     [
         (None, "No such file or directory"),
-        ("{}", "it is no tokenizer.json"),
+        ("{}", "tokenizers says: "),
+        ("not JSON", "Expecting value"),
+        ('{"tokenizer": "char", "vocab_size": 3, "chars": "ab"}', "chars must be as many different characters"),
         ("large", "it has 65,537 tokens; uint16 can tell 65,536 apart"),
     ],
 )
@@ -240,17 +242,72 @@ def test_encode_names_the_character_outside_the_vocabulary_and_its_position():
         tokenizer.encode("abcéd")
 
 
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the system to tell a process's memory")
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_memory_does_not_grow_with_the_text(folder, tokenizer, monkeypatch):
+def test_memory_does_not_grow_with_the_text(folder, tokenizer):
+    words = ["".join(word) for word in np.random.default_rng(0).choice(list("abcdefghij"), (20_000, 8))]
     peaks = []
-    monkeypatch.setattr(prepare, "PIECE", 2**18)
-    for megabytes in (1, 8):
-        (folder / "my.txt").write_bytes(b"To be, or not to be: that is the question.\n" * (megabytes * 2**20 // 43))
-        tracemalloc.start()
-        prepare.main(["--dataset=mine", "--input=my.txt", *TOKENIZERS[tokenizer]])
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0] < 100e6
+    for megabytes in (2, 8):
+        (folder / "my.txt").write_text(" ".join(words * 12)[:2_000_000] * (megabytes // 2))
+        argv = [sys.executable, REPOSITORY / "prepare.py", "--input=my.txt", *TOKENIZERS[tokenizer]]
+        running = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        _, running.returncode, usage = os.wait4(running.pid, 0)
+        assert running.returncode == 0
+        peaks.append(usage.ru_maxrss)
+    assert peaks[1] < 1.15 * peaks[0]
+
+
+def test_a_bpe_is_learned_from_pieces_of_a_long_text(folder, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE", 1000)
+    monkeypatch.setattr(prepare, "LEARN_FROM", 4000)
+    read = []
+    (folder / "my.txt").write_text("the cat the hat the mat. " * 1000)
+    islice = prepare.itertools.islice
+    monkeypatch.setattr(prepare.itertools, "islice", lambda *a: (read.append(piece) or piece for piece in islice(*a)))
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe", "--vocab_size=262"])
+    assert 2000 <= sum(map(len, read)) <= 6000
+
+
+def test_a_tokenizer_that_marks_blanks_gives_the_tokens_of_the_whole_text(folder, monkeypatch):
+    """As SentencePiece does: what begins with a letter gets a mark, which decoding takes away again."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    library.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=100, show_progress=False)
+    text = "the cat sat\n on the mat. " * 2000
+    library.train_from_iterator([text], trainer)
+    library.save("marks.json")
+    monkeypatch.setattr(prepare, "PIECE", 5000)
+    (folder / "my.txt").write_text(text)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=marks.json"])
+    meta, ids = load_all("mine")
+    assert ids.tolist() == library.encode(text).ids
+    assert "".join(decoded_stream(tokenizer_of(meta), ids[:200].tolist())) == tokenizer_of(meta).decode(ids[:200])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+        {"padding": {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 70_000,
+                     "pad_type_id": 0, "pad_token": "x"}},
+    ],
+)  # fmt: skip
+def test_padding_and_truncation_are_of_no_concern(folder, change):
+    facts = json.loads(CharTokenizer("abc").to_library().to_str()) | change
+    Path("their.json").write_text(json.dumps(facts))
+    Path("my.txt").write_text("abcabc" * 10)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=their.json"])
+    assert decoded("mine") == "abcabc" * 10
+
+
+def test_a_panic_of_the_library_is_one_line(folder):
+    facts = json.loads(CharTokenizer("abc").to_library().to_str())
+    facts["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    Path("their.json").write_text(json.dumps(facts))
+    Path("my.txt").write_text("abc")
+    with pytest.raises(UserError, match="cannot be written in these tokens: tokenizers says: "):
+        prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=their.json"])
 
 
 def test_more_characters_than_uint16_can_hold_are_refused(folder):
@@ -350,7 +407,8 @@ def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
         (["--val_fraction=1.5"], "val_fraction must be between 0 and 1, found 1.5"),
         (["--val_fraction=nan"], "val_fraction must be between 0 and 1, found nan"),
         (["--tokenizer=morse"], "tokenizer must be char, bpe, gpt2 or a tokenizer.json, found 'morse'"),
-        (["--vocab_size=255"], "vocab_size must be from 256, a token a byte, to 65536, found 255"),
+        (["--vocab_size=300"], "vocab_size is of --tokenizer=bpe, found --tokenizer=char"),
+        (["--tokenizer=bpe", "--vocab_size=255"], "vocab_size must be from 256, a token a byte, to 65536, found 255"),
         (["--input=a", "--url=b"], "give --input or --url, not both"),
     ],
 )
