@@ -299,6 +299,20 @@ class CharTokenizer:
         return library
 
 
+class TokenizerError(UserError, ValueError):
+    """What the library `tokenizers` raises, panics of its Rust included, has no class of its own."""
+
+
+@contextmanager
+def tokenizer_errors() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"tokenizers says: {error}") from None
+
+
 class SubwordTokenizer:
     """What Hugging Face's library `tokenizers` makes of a text: GPT-2's tokens, a BPE learned here, any tokenizer.json.
 
@@ -307,7 +321,7 @@ class SubwordTokenizer:
 
     def __init__(self, name: str, library: Any):
         tokenizers = extra("tokenizers")
-        with as_value_error():
+        with tokenizer_errors():
             self.library = tokenizers.Tokenizer.from_str(library) if isinstance(library, str) else library
             self.library.no_padding()
             self.library.no_truncation()
@@ -319,12 +333,12 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (uint16); a long text is divided among all cores. Raises ValueError for one that has none."""
-        with as_value_error():
+        with tokenizer_errors():
             encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
             return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
-        with as_value_error():
+        with tokenizer_errors():
             return self.library.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_dict(self) -> dict:
@@ -332,17 +346,6 @@ class SubwordTokenizer:
 
     def to_library(self) -> Any:
         return self.library
-
-
-@contextmanager
-def as_value_error() -> Iterator[None]:
-    """What `tokenizers` raises, panics of its Rust included, has no class of its own: make it ValueError."""
-    try:
-        yield
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:
-        raise ValueError(f"tokenizers says: {error}") from None
 
 
 Tokenizer = CharTokenizer | SubwordTokenizer
@@ -410,15 +413,15 @@ def tokenizer_of(facts: dict) -> Tokenizer:
         raise UserError(
             f"tokenizer {name!r} is not supported; there are 'char', 'gpt2' and any with its tokenizer.json"
         )
+    tokenizers = extra("tokenizers")
     try:
-        return SubwordTokenizer("gpt2", extra("tokenizers").Tokenizer.from_pretrained("gpt2"))
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
+        library = tokenizers.Tokenizer.from_pretrained("gpt2")
+    except Exception as error:  # the hub's library has many
         raise UserError(
             f"cannot get GPT-2's tokenizer from the Hugging Face hub ({type(error).__name__}); "
             "prepare.py --tokenizer=FILE takes its tokenizer.json"
         ) from None
+    return SubwordTokenizer("gpt2", library)
 
 
 def first_token(tokenizer: Tokenizer) -> int:
@@ -466,10 +469,12 @@ def load_meta(dataset: str) -> dict:
         meta = json.loads(path.read_bytes())
         if meta["tokenizer"] == "char":  # any other one is of no concern before there is a text to encode
             tokenizer_of(meta)
-        if type(meta.get("val_bytes", 1)) is not int or not 0 < meta.get("val_bytes", 1) < 2**63:
-            raise ValueError(f"val_bytes must be at least 1 and below 2^63, found {meta['val_bytes']}")
-        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= MAX_VOCAB_SIZE:
-            raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB_SIZE}, found {meta['vocab_size']}")
+        for name, value, limit in (
+            ("vocab_size", meta["vocab_size"], MAX_VOCAB_SIZE),
+            ("val_bytes", meta.get("val_bytes", 1), 2**63),  # not known of tokens that came ready
+        ):
+            if type(value) is not int or not 0 < value <= limit:
+                raise ValueError(f"{name} must be from 1 to {limit}, found {value}")
         return meta
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare.py makes it anew") from None
