@@ -538,18 +538,11 @@ def from_nanogpt(theirs: dict) -> dict:
         shape = shape | {"vocab_size": 50257}
         weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
     path = dataset_folder(dataset) / "meta.json"
-    if path.exists():
-        meta = load_meta(dataset)
-        if meta["vocab_size"] != shape["vocab_size"]:
-            raise UserError(
-                f"{path} has {meta['vocab_size']} tokens, this checkpoint of nanoGPT {shape['vocab_size']}: "
-                f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
-            )
-    elif shape["vocab_size"] == 50257:
-        meta = {"tokenizer": "gpt2", "vocab_size": 50257}
-    else:
+    meta = load_meta(dataset) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
+    if meta["vocab_size"] != shape["vocab_size"]:
         raise UserError(
-            f"this checkpoint of nanoGPT needs {path}: "
+            f"this checkpoint of nanoGPT has {shape['vocab_size']} tokens, but {path} "
+            f"{'has ' + str(meta['vocab_size']) if path.exists() else 'is missing'}: "
             f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
         )
     return {
