@@ -156,6 +156,7 @@ def test_fine_tuning_begins_with_the_weights_and_goes_on_from_its_own(gpt2_folde
         train_here(**start | {"init_from": source}, out_dir=f"{source} half")
         assert "half/ckpt.pt at step 10; changed since: out_dir 'half' ->" in capsys.readouterr().out
         assert same(checkpoint(f"{source} half/ckpt.pt")["model"], checkpoint("whole/ckpt.pt")["model"])
+        assert checkpoint(f"{source} half/ckpt.pt")["config"]["init_from"] == "gpt2"
 
 
 def prepared_ids(split):
