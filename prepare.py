@@ -90,8 +90,12 @@ def prepare(config: PrepareConfig) -> None:
     """Fetch the text and write the dataset; meta.json comes last, so a folder that has one is complete."""
     folder = dataset_folder(config.dataset)
     source = fetch(config, folder / "input.txt")
-    tokenizer = make_tokenizer(config, folder / "input.txt")
-    facts = encode_file(tokenizer, folder / "input.txt", config.val_fraction)
+    text = Path(config.input or folder / "input.txt")
+    tokenizer = make_tokenizer(config, text)
+    facts = encode_file(tokenizer, text, folder, config.val_fraction)
+    if not ((folder / "input.txt").exists() and text.samefile(folder / "input.txt")):
+        with open(text, "rb") as given, replacing(folder / "input.txt") as file:
+            shutil.copyfileobj(given, file, PIECE)
     meta = tokenizer.to_dict() | facts | {"source": source}
     with replacing(folder / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
@@ -112,13 +116,10 @@ def dataset_folder(dataset: str) -> Path:
 
 
 def fetch(config: PrepareConfig, path: Path) -> str:
-    """Put the text at `path`, unless it is there already; return where it came from."""
+    """Put the text at `path`, unless it is there already or a file given; return where it came from."""
     if config.input:
         if not os.path.isfile(config.input):
             raise ConfigError(f"--input: there is no file {config.input}")
-        if not (path.exists() and path.samefile(config.input)):
-            with open(config.input, "rb") as text, replacing(path) as file:
-                shutil.copyfileobj(text, file, PIECE)
         return config.input
     if config.url:
         download(config.url, path)
@@ -157,7 +158,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             break
     raise UserError(
         f"cannot download {url}: {problem}. Three ways on: put the file at {path}; or python prepare.py "
-        "--input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
+        f"--dataset={path.parent.name} --input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
     )
 
 
@@ -210,10 +211,10 @@ def last_word_end(text: str) -> int:
     return start + ends[-1] if ends else len(text)
 
 
-def encode_file(tokenizer: "Tokenizer", path: Path, val_fraction: float) -> dict[str, Any]:
-    """Write the tokens of the text to train.bin beside it, and the last of them to val.bin; returns facts of both."""
+def encode_file(tokenizer: "Tokenizer", path: Path, folder: Path, val_fraction: float) -> dict[str, Any]:
+    """Write the tokens of the text to train.bin in `folder`, and the last of them to val.bin; returns facts of both."""
     digest, counts, last = hashlib.sha256(), [(0, 0)], np.array([], TOKEN)  # counts: tokens and bytes of every piece
-    with replacing(path.with_name("train.bin")) as train, replacing(path.with_name("val.bin")) as val:
+    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         for text in read_pieces(path):
             try:
                 data, ids = text.encode(), tokenizer.encode(text)
@@ -236,7 +237,7 @@ def encode_file(tokenizer: "Tokenizer", path: Path, val_fraction: float) -> dict
         train.seek(n_train * TOKEN.itemsize)
         shutil.copyfileobj(train, val, PIECE)
         train.truncate(n_train * TOKEN.itemsize)
-        path.with_name("meta.json").unlink(missing_ok=True)  # until the new one, the folder is not complete
+        (folder / "meta.json").unlink(missing_ok=True)  # until the new one, the folder is not complete
     return {
         "train_tokens": n_train,
         "val_tokens": n_tokens - n_train,
@@ -364,7 +365,7 @@ def make_tokenizer(config: PrepareConfig, text: Path) -> Tokenizer:
         facts = json.loads(content)
         return tokenizer_of(facts) if "tokenizer" in facts else SubwordTokenizer(config.tokenizer, content)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: {error}") from None
+        raise ConfigError(f"--tokenizer={config.tokenizer}: {type(error).__name__}: {error}") from None
 
 
 def all_characters(path: Path) -> CharTokenizer:
@@ -391,7 +392,10 @@ def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
     library.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        max_token_length=32,  # bytes; where no blank divides a text, tokens would otherwise be whole passages of it
+        show_progress=sys.stderr.isatty(),
     )
     pieces = itertools.islice(read_pieces(path), 0, None, 1 + path.stat().st_size // LEARN_FROM)
     parts = (part for text in pieces for part in PARTS.findall(text))  # small, for it collects 256 of them

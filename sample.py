@@ -58,6 +58,8 @@ class SampleConfig:
             raise ValueError(f"temperature must be 0, or at least 0.001 and finite, found {self.temperature}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, found {self.seed}")
+        if self.save_pretrained == "":
+            raise ValueError("save_pretrained is empty: it must name a folder")
         if self.init_from:
             check_source(self.init_from)
         if self.top_p is not None and not 0 < self.top_p <= 1:

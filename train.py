@@ -148,7 +148,9 @@ class TrainConfig:
         if self.decay_lr and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
         if self.init_from not in STARTS:
-            check_source(self.init_from, STARTS)
+            self.init_from = os.path.normpath(self.init_from)
+            if not self.path("ckpt.pt").exists():  # which goes on without what it began with
+                check_source(self.init_from, STARTS)
         if not self.out_dir:
             raise ValueError("out_dir is empty: it must name a folder")
         dataset_folder(self.dataset)
@@ -496,7 +498,15 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
 def find_checkpoint(path: Path, init_from: str) -> dict | None:
     if init_from == "scratch" and was_restarted() and path.exists():
         raise ConfigError(f"after a failure --init_from=scratch would overwrite {path}; without it, the run goes on")
-    if init_from == "scratch" or (init_from != "resume" and not path.exists()):
+    if init_from == "scratch":
+        return None
+    best = path.with_name("best.pt")  # alone, of step 0, it is what a run killed before its first ckpt.pt leaves behind
+    if not path.exists() and best.exists() and load_checkpoint(best)["step"]:
+        raise ConfigError(
+            f"there is {best} but no {path}: begin with it by --init_from={best} and another --out_dir, "
+            "or overwrite it by --init_from=scratch"
+        )
+    if not path.exists() and init_from != "resume":
         return None
     if not path.exists():
         raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
@@ -584,6 +594,10 @@ def pretrained(source: str | Path, dropout: float = 0.0, block_size: int | None 
     """
     path = next((file for name in ("best.pt", "ckpt.pt") if (file := Path(source) / name).is_file()), Path(source))
     try:
+        if path.is_file() and path.suffix in (".json", ".safetensors"):
+            raise ValueError("of a model in Hugging Face's format, name the folder")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ValueError("there is neither a checkpoint nor a config.json in it")
         if path.is_file():
             checkpoint = load_checkpoint(path)
             model, tokenizer = model_of(checkpoint, path, dropout), checkpoint["tokenizer"]
@@ -595,7 +609,8 @@ def pretrained(source: str | Path, dropout: float = 0.0, block_size: int | None 
     except (UserError, MemoryError):
         raise
     except Exception as error:  # transformers has many
-        raise UserError(f"cannot begin with {source}: {first_line(error)}") from None
+        offline = "; a folder with its files works without network" if isinstance(error, OSError) else ""
+        raise UserError(f"cannot begin with {source}: {first_line(error)}{offline}") from None
 
 
 def model_of(checkpoint: dict, path: Path, dropout: float = 0.0) -> LanguageModel:

@@ -168,6 +168,15 @@ def prepared_blocks(split):
     return prepared_ids(split)[: 4 * 8 * 16 + 1].unfold(0, 17, 16)
 
 
+def test_a_fine_tuned_run_goes_on_without_what_it_began_with(gpt2_folder):
+    train_here(init_from="gpt2/", max_iters=5)
+    shutil.rmtree("gpt2")
+    train_here(init_from="./gpt2", max_iters=6)
+    assert checkpoint()["step"] == 6
+    with pytest.raises(ConfigError, match=r"^init_from must be auto, scratch, .* found 'nowhere'$"):
+        train_here(init_from="nowhere", out_dir="new")
+
+
 def test_a_run_from_scratch_is_not_taken_for_a_fine_tuned_one(gpt2_folder):
     train_here(max_iters=1)
     with pytest.raises(ConfigError, match=r"out/ckpt.pt holds another model \(init_from 'auto' -> 'gpt2'\)"):
@@ -180,7 +189,8 @@ def test_a_run_from_scratch_is_not_taken_for_a_fine_tuned_one(gpt2_folder):
         ({"block_size": 17}, r"cannot begin with gpt2: block_size \(17\) is more than the model's \(16\)"),
         ({"model": "bigram"}, r"gpt2 does not fit .* data/shakespeare_char \(model 'gpt' -> 'bigram'\)"),
         ({"init_from": "other"}, r"other does not fit .* data/shakespeare_char \(vocab_size 300 -> 21\)"),
-        ({"init_from": "empty"}, "cannot begin with empty: "),
+        ({"init_from": "empty"}, "cannot begin with empty: there is neither a checkpoint nor a config.json in it"),
+        ({"init_from": "gpt2/config.json"}, "of a model in Hugging Face's format, name the folder"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(gpt2_folder, changes, message):

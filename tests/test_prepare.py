@@ -190,9 +190,9 @@ def test_a_tokenizer_that_loses_text_is_refused(folder):
     library.normalizer = tokenizers.normalizers.Lowercase()
     library.save("lower.json")
     (folder / "my.txt").write_text("abc ABC " * 100)
-    with pytest.raises(UserError, match=r"data/mine/input.txt cannot be written in .*: they do not give it back"):
+    with pytest.raises(UserError, match=r"^my.txt cannot be written in these tokens: they do not give it back"):
         prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=lower.json"])
-    assert files(folder) == ["data/mine/input.txt"]
+    assert files(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_more_characters_than_uint16_can_hold_are_refused(folder):
 def test_a_text_that_is_not_utf8_is_refused_with_the_place(folder, monkeypatch, piece):
     monkeypatch.setattr(prepare, "PIECE", piece)
     (folder / "my.txt").write_bytes("Grüße".encode() + b"\xff and more")
-    with pytest.raises(UserError, match=r"data/mine/input.txt is not UTF-8 text: byte 7 is 0xff"):
+    with pytest.raises(UserError, match=r"^my.txt is not UTF-8 text: byte 7 is 0xff"):
         prepare.main(["--dataset=mine", "--input=my.txt"])
 
 
@@ -350,6 +350,24 @@ def test_preparing_again_replaces_all_and_a_bad_text_leaves_the_old_tokens(folde
     with pytest.raises(UserError):
         prepare.main(["--dataset=mine", "--input=my.txt"])
     assert decoded("mine") == "xyz" * 50
+
+
+def test_a_text_that_cannot_be_prepared_leaves_the_dataset_as_it_was(folder):
+    (folder / "my.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    (folder / "bad.txt").write_bytes(b"\xff")
+    for mistake in ("--input=bad.txt", "--tokenizer=none.json"):
+        with pytest.raises(UserError):
+            prepare.main(["--dataset=mine", "--input=my.txt", mistake])
+        assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+def test_bpe_of_a_text_without_blanks_still_has_many_tokens(folder):
+    (folder / "my.txt").write_text("春眠不覺曉處處聞啼鳥" * 2000)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe"])
+    assert load_meta("mine")["train_tokens"] > 1500
+    assert decoded("mine") == "春眠不覺曉處處聞啼鳥" * 2000
 
 
 def test_a_folder_with_meta_json_is_complete(folder, monkeypatch):
@@ -547,8 +565,8 @@ def test_a_failed_download_says_why_names_three_ways_on_and_leaves_nothing(
     message = str(error.value)
     assert message.startswith(f"cannot download {server.url}: {problem}")
     assert message.endswith(
-        ". Three ways on: put the file at data/shakespeare_char/input.txt; or python prepare.py --input=FILE; "
-        "or, with no network at all, python train.py config/stdlib_char.py"
+        ". Three ways on: put the file at data/shakespeare_char/input.txt; or python prepare.py "
+        "--dataset=shakespeare_char --input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
     )
     assert server.requests == attempts
     assert files(folder) == []

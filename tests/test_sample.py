@@ -134,6 +134,12 @@ def test_samples_go_past_the_context(dataset, capsys, model):
             "--start=FILE:noise: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
         ),
         (["--out_dir=nowhere"], "there is no checkpoint in nowhere; there is one in out"),
+        (["--save_pretrained="], "save_pretrained is empty: it must name a folder"),
+        (
+            ["--init_from=gtp2"],
+            f"init_from must be {', '.join(train.GPT2_NAMES)}, a folder in Hugging Face's format "
+            "or a checkpoint file, found 'gtp2', did you mean gpt2?",
+        ),
         (["--num_samples=0"], "num_samples must be at least 1, found 0"),
         (["--top_k=0"], "top_k must be at least 1, found 0"),
         (["--top_p=0"], "top_p must be above 0 and at most 1, found 0.0"),

@@ -694,6 +694,28 @@ def test_tensorboard_changes_no_bit_and_forgets_steps_that_are_taken_again(datas
     assert set(events("board")[0]["loss/val"]) == {0, 10, 20}
 
 
+def test_a_best_checkpoint_without_its_ckpt_is_not_overwritten(dataset):
+    train_here()
+    before = Path("out/best.pt").read_bytes()
+    Path("out/ckpt.pt").unlink()
+    with pytest.raises(
+        ConfigError, match=r"^there is out/best.pt but no out/ckpt.pt: begin with it by --init_from=out"
+    ):
+        train_here()
+    assert Path("out/best.pt").read_bytes() == before
+    train_here(init_from="out/best.pt", out_dir="more", max_iters=1)
+    train_here(init_from="scratch", max_iters=1)
+    assert checkpoint()["step"] == 1
+
+
+def test_a_run_that_ended_before_its_first_ckpt_begins_again(dataset):
+    train_here(max_iters=1, learning_rate=0, min_lr=0)
+    Path("out/ckpt.pt").unlink()
+    assert checkpoint("out/best.pt")["step"] == 0
+    train_here(max_iters=1)
+    assert checkpoint()["step"] == 1
+
+
 def test_machines_that_see_different_checkpoints_are_refused(dataset, monkeypatch):
     train_here()
     monkeypatch.setattr(Process, "from_rank_0", lambda self, make: (step := make()) and (step if step != 20 else None))
