@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from config import ConfigError, UserError, key, read, run
-from model import GPT, LanguageModel
+from model import GPT, FeedForward, LanguageModel
 from prepare import Tokenizer, decoded_stream, first_token, tokenizer_of
 from train import check_source, choose_device, keep_freed_memory, pretrained
 
@@ -138,13 +138,14 @@ class PackedLinear(nn.Module):
     The reference model then writes one text 1.8 times as fast, ten at once 1.7 times.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, activation: str = "none"):
         super().__init__()
+        self.activation = activation
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "tanh")
 
 
 def pack(model: nn.Module) -> None:
@@ -152,7 +153,10 @@ def pack(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         return
     for name, module in model.named_children():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, FeedForward):  # GELU with the product: ten texts at once a tenth faster
+            module.c_fc, module.gelu = PackedLinear(module.c_fc, "gelu"), nn.Identity()
+            module.c_proj = PackedLinear(module.c_proj)
+        elif isinstance(module, nn.Linear):
             setattr(model, name, PackedLinear(module))
         else:
             pack(module)
