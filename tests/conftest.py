@@ -1,4 +1,5 @@
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import train
 from prepare import PrepareConfig
 
 REPOSITORY = Path(__file__).parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script started in the background would ignore it
 WORDS = [
     "the",
     "king",
