@@ -197,7 +197,8 @@ def test_accumulation_changes_memory_not_learning(dataset):
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_learns_the_same(dataset):
     for compiled in (False, True):
-        train_here(dropout=0.0, max_iters=4, n_layer=1, compile=compiled, out_dir=f"out/{compiled}", log_interval=1)
+        short = {"max_iters": 4, "log_interval": 1, "dropout": 0.0, "n_layer": 1, "feed_forward": False}
+        train_here(**short, compile=compiled, out_dir=f"out/{compiled}")
     plain, fused = ([float(row["train_loss"]) for row in rows(f"out/{c}/log.csv")] for c in (False, True))
     assert fused == pytest.approx(plain, abs=1e-4)
     assert not any("_orig_mod" in name for name in checkpoint("out/True/ckpt.pt")["model"])
