@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import checkpoint, command, losses, same, train_here
+from safetensors.torch import save_file
 
 import prepare
 import sample
@@ -117,6 +118,18 @@ def test_another_architecture_is_refused(folder):
     transformers.LlamaConfig(vocab_size=21, hidden_size=32, num_hidden_layers=1).save_pretrained("llama")
     with pytest.raises(UserError, match="cannot begin with llama: llama is not like GPT-2: its model_type is 'llama'"):
         train.pretrained("llama")
+
+
+def test_the_layout_of_gpt2_on_the_hub_is_read_too(folder):
+    """Its file has no prefix "transformer.", no lm_head, and the mask of old attention."""
+    theirs = gpt2(**SHAPES[0])
+    theirs.save_pretrained("gpt2")
+    weights = {name.removeprefix("transformer."): w.clone() for name, w in theirs.state_dict().items()}
+    del weights["lm_head.weight"]
+    weights |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
+    save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
+    idx = token_ids(SHAPES[0])
+    torch.testing.assert_close(GPT.from_pretrained("gpt2").eval()(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
 
 
 def test_weights_that_a_folder_lacks_are_not_made_up(folder):
