@@ -1,8 +1,8 @@
-"""The model: a GPT, and the bigram table that it grows out of.
+"""The network: a GPT, and the bigram table that it grows out of. Token ids in, logits out.
 
-Token ids in, logits out. This file knows nothing of text, files or training, and needs torch alone, so it can be copied
-into any project. It reads from the parts to the whole: attention, feed-forward, block; what every language model does,
-writing included; GPT and Bigram.
+This file knows nothing of text, files or training, and needs torch alone, so it can be copied into any project. It
+reads from the parts to the whole: attention, feed-forward, block; what all language models share, generating included;
+GPT and Bigram.
 
 Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 """
@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -37,11 +36,10 @@ class GPTConfig:
     layer_norm: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.n_layer < 0:
-            raise ValueError(f"n_layer must be at least 0, found {self.n_layer}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            least = int(name != "n_layer")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -72,9 +70,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor
     """softmax(q k^T / sqrt(head_size), future masked) v, written out; all are (B, n_head, T, head_size).
 
     Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise grow
-    with head_size and push the softmax towards one-hot. How CPUs train in bfloat16 or with dropout: forward and
-    backward take half the time of torch's fused call, with dropout a quarter, for the memory of B * n_head matrices of
-    T x T (16 x 6 x 256 x 64, torch 2.13; in float32 without dropout they would take a tenth more).
+    with head_size and push the softmax towards one-hot. CPUs train so in bfloat16 or with dropout: forward and backward
+    take half the time of torch's fused call, with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), for the memory of
+    B * n_head matrices of T x T; in float32 without dropout they would take a tenth more.
     """
     B, n_head, T, head_size = q.shape
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where a token may look
@@ -216,20 +214,12 @@ class LanguageModel(nn.Module):
         Past block_size the window slides: the oldest `stride` tokens go and the rest is read anew, at new positions.
         stride=1 crops at every token, as the lecture does; the default, block_size // 4, costs a fraction of it.
         """
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, stride, generator)), dim=1)
+        new = self.stream(idx, max_new_tokens, stride, temperature, top_k, top_p, generator)
+        return torch.cat((idx, *new), dim=1)
 
     @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stride: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """As `generate`, but yield the new tokens as they come, (B, 1) at a time; until the last, dropout is off."""
+    def stream(self, idx: Tensor, max_new_tokens: int, stride: int | None = None, *choice: object) -> Iterator[Tensor]:
+        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` goes on to `sample_token`."""
         if not idx.size(1):
             raise ValueError("there must be at least one token to continue")
         block_size = self.config.block_size
@@ -239,14 +229,14 @@ class LanguageModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            window = unread = idx[:, -block_size:]  # crop: no embedding of a position beyond block_size
-            caches = self.new_caches()
+            window, caches = idx[:, -block_size:], None  # crop: no embedding of a position beyond block_size
             for _ in range(max_new_tokens):
                 if window.size(1) > block_size:
-                    window = unread = window[:, stride:]
-                    caches = self.new_caches()
+                    window, caches = window[:, stride:], None
+                if caches is None:
+                    unread, caches = window, [KVCache(block_size) for _ in range(self.config.n_layer)]
                 x = self.read(unread, window.size(1) - unread.size(1), caches)
-                unread = sample_token(self.lm_head(x[:, -1]), temperature, top_k, top_p, generator)
+                unread = sample_token(self.lm_head(x[:, -1]), *choice)
                 window = torch.cat((window, unread), dim=1)
                 yield unread
         finally:
@@ -254,7 +244,11 @@ class LanguageModel(nn.Module):
 
 
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw one token (B, 1) from each row of logits (B, vocab_size)."""
     if temperature == 0:
@@ -285,9 +279,6 @@ class GPT(LanguageModel):
         self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
         self.initialize()
 
-    def new_caches(self) -> list[KVCache]:
-        return [KVCache(self.config.block_size) for _ in range(self.config.n_layer)]
-
     def read(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
         """Token ids (B, T) at positions start ... start + T - 1 -> what the model makes of them (B, T, C)."""
         end = start + idx.size(1)
@@ -313,9 +304,10 @@ class GPT(LanguageModel):
     def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
         """The weights of a GPT-2 in Hugging Face's format: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder.
 
-        Raises OSError when they cannot be had, ValueError for another architecture, ImportError without transformers.
+        Raises OSError when they cannot be loaded, ValueError for another architecture.
         """
-        transformers = hugging_face()
+        import transformers
+
         theirs = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
         for name, expected in GPT2.items():
             if (found := getattr(theirs, name, None)) not in expected:
@@ -333,21 +325,26 @@ class GPT(LanguageModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder` in Hugging Face's format, for transformers' AutoModelForCausalLM; absent biases become zeros.
 
-        Raises ValueError for a GPT with a part left out, ImportError without transformers.
+        config.json comes last: a folder that has one is complete. Raises ValueError for a GPT with a part left out.
         """
-        transformers = hugging_face()
+        import transformers
+        from safetensors.torch import save_file
+
         config = self.config
         if not (config.feed_forward and config.residual and config.layer_norm):
             raise ValueError("only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm")
-        shared = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         no_tokens = {"bos_token_id": None, "eos_token_id": None}  # this model knows no token that ends a text
-        theirs = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(n_positions=config.block_size, **shared, **dropouts, **no_tokens)
+        theirs = transformers.GPT2LMHeadModel(  # its biases are zeros
+            transformers.GPT2Config(n_positions=config.block_size, **shape, **dropouts, **no_tokens)
         )
-        biases = {name: torch.zeros_like(p) for name, p in theirs.named_parameters() if name.endswith("bias")}
-        theirs.load_state_dict(biases | transposed(self.state_dict()))
-        theirs.save_pretrained(folder)
+        theirs.load_state_dict(transposed(self.state_dict()), strict=False)
+        theirs.config.architectures = ["GPT2LMHeadModel"]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").unlink(missing_ok=True)
+        save_file(theirs.transformer.state_dict(), Path(folder) / "model.safetensors", {"format": "pt"})
+        theirs.config.save_pretrained(folder)
 
 
 # What a GPT-2 of Hugging Face may be set to, where it is the model above.
@@ -360,15 +357,6 @@ GPT2 = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-
-
-def hugging_face() -> ModuleType:
-    """transformers, which nothing else here needs."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"Hugging Face's format needs transformers ({error}): pip install transformers") from None
-    return transformers
 
 
 def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -385,8 +373,5 @@ class Bigram(LanguageModel):
         self.lm_head = nn.Embedding(config.vocab_size, config.vocab_size)
         self.initialize()
 
-    def new_caches(self) -> None:
-        return None
-
-    def read(self, idx: Tensor, start: int = 0, caches: None = None) -> Tensor:
+    def read(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
         return idx

@@ -1,6 +1,6 @@
-"""Text to tokens: fetch a text, number its parts, write data/<dataset>/{input.txt,train.bin,val.bin,meta.json}.
+"""Turn a text into tokens: data/<dataset>/{input.txt,train.bin,val.bin,meta.json}, and read them back.
 
-Knows text and files; knows nothing of models. Works in pieces, so that memory does not grow with the text.
+Works in pieces, so that memory does not grow with the text; knows nothing of models.
 
     python prepare.py                                     Tiny Shakespeare
     python prepare.py --dataset=mine --input=mine.txt     any UTF-8 text
@@ -15,36 +15,36 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
-
-# While numpy is loaded, Ctrl-C just ends the program; then `run` sees to it. What ignores it goes on ignoring it.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from config import ConfigError, UserError, extra, key, read, run
+from config import ConfigError, UserError, explained, key, read, run
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-TOKEN = np.dtype("<u2")  # a .bin is nothing but these: little-endian uint16, the layout that nanoGPT uses too
+TOKEN = np.dtype("<u2")  # a .bin is a row of these: little-endian uint16, the layout that nanoGPT uses too
 MAX_VOCAB_SIZE = 2**16
 PIECE = 2**20  # bytes of text in memory at a time
 PART = 2**14  # characters that one thread encodes at a time
 LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
-# Where a tokenizer surely divides a text: before the blank after a letter or digit.
+# Texts are divided where a word ends, before a blank: the tokens of the parts are those of the whole.
 WORD_END = r"(?<=[^\W_])(?= )"
-PARTS = re.compile(rf"(?s).{{1,{PART}}}\Z|.{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
+PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
 
@@ -56,13 +56,15 @@ class PrepareConfig:
     dataset: str = key("shakespeare_char", "folder under data/ to write")
     input: str | None = key(None, "a file to prepare: any UTF-8 text")
     url: str | None = key(None, "a text to download and prepare")
-    val_fraction: float = key(0.1, "share of the tokens kept for validation: the last ones")
+    val_fraction: float = key(0.1, "share of the text held back for validation: its end", above=0, below=1)
     tokenizer: str = key(
         "auto",
         "char, bpe, gpt2, or the path of a tokenizer.json, or of the meta.json of another dataset; "
         "auto: gpt2 for a dataset whose name ends so, else char",
     )
-    vocab_size: int | None = key(None, "tokens that --tokenizer=bpe learns; None: 512")
+    vocab_size: int | None = key(
+        None, "tokens that --tokenizer=bpe learns, each byte being one; None: 512", least=256, most=MAX_VOCAB_SIZE
+    )
 
     def __post_init__(self):
         dataset_folder(self.dataset)
@@ -72,12 +74,6 @@ class PrepareConfig:
             raise ValueError(f"tokenizer must be char, bpe, gpt2 or a tokenizer.json, found {self.tokenizer!r}")
         if self.vocab_size and self.tokenizer != "bpe":
             raise ValueError(f"vocab_size is of --tokenizer=bpe, found --tokenizer={self.tokenizer}")
-        if self.vocab_size and not 256 <= self.vocab_size <= MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size must be from 256, a token a byte, to {MAX_VOCAB_SIZE}, found {self.vocab_size}"
-            )
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, found {self.val_fraction}")
         if self.input and self.url:
             raise ValueError("give --input or --url, not both: a dataset is one text")
 
@@ -86,23 +82,31 @@ def main(argv: list[str]) -> None:
     prepare(read(PrepareConfig, argv))
 
 
-def prepare(config: PrepareConfig) -> None:
-    """Fetch the text and write the dataset; meta.json comes last, so a folder that has one is complete."""
+def prepare(config: PrepareConfig, again: bool = True) -> None:
+    """Write the dataset, or leave a complete one alone unless it is wanted `again`.
+
+    Another process that prepares the same dataset waits. meta.json comes last: a folder that has one is complete.
+    """
     folder = dataset_folder(config.dataset)
-    source = fetch(config, folder / "input.txt")
-    text = Path(config.input or folder / "input.txt")
-    tokenizer = make_tokenizer(config, text)
-    facts = encode_file(tokenizer, text, folder, config.val_fraction)
-    if not ((folder / "input.txt").exists() and text.samefile(folder / "input.txt")):
-        with open(text, "rb") as given, replacing(folder / "input.txt") as file:
-            shutil.copyfileobj(given, file, PIECE)
-    meta = tokenizer.to_dict() | facts | {"source": source}
-    with replacing(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
-    print(
-        f"{folder}: {tokenizer.vocab_size:,} {'characters' if config.tokenizer == 'char' else 'tokens'}, "
-        f"{meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} validation tokens"
-    )
+    with locked(folder / "lock", wait=True):
+        if (folder / "meta.json").exists() and not again:
+            return
+        text, source = fetch(config, folder / "input.txt")
+        counts = count_characters(text)
+        tokenizer = make_tokenizer(config, text, counts)
+        facts = encode_file(tokenizer, text, config, int(counts.sum() * (1 - config.val_fraction)))
+        with replacing(folder / "meta.json") as file:
+            file.write(json.dumps(tokenizer.facts | facts | {"source": source}, indent=1).encode())
+    kind = "characters" if config.tokenizer == "char" else "tokens"
+    sizes = f"{facts['train_tokens']:,} train tokens, {facts['val_tokens']:,} validation tokens"
+    print(f"{folder}: {tokenizer.vocab_size:,} {kind}, {sizes}")
+
+
+def prepared(dataset: str) -> dict:
+    """meta.json of the dataset, which is prepared first where it is missing."""
+    if not (dataset_folder(dataset) / "meta.json").exists():
+        prepare(PrepareConfig(dataset=dataset), again=False)
+    return load_meta(dataset)
 
 
 def dataset_folder(dataset: str) -> Path:
@@ -115,25 +119,24 @@ def dataset_folder(dataset: str) -> Path:
 # The text
 
 
-def fetch(config: PrepareConfig, path: Path) -> str:
-    """Put the text at `path`, unless it is there already or a file given; return where it came from."""
+def fetch(config: PrepareConfig, path: Path) -> tuple[Path, str]:
+    """The file of the text, by default `path`, and where it came from; downloaded where needed."""
     if config.input:
         if not os.path.isfile(config.input):
             raise ConfigError(f"--input: there is no file {config.input}")
-        return config.input
+        return Path(config.input), config.input
+    source = config.url or str(path)
     if config.url:
         download(config.url, path)
-        return config.url
-    if path.exists():
-        return str(path)
-    if config.dataset in ("shakespeare_char", "shakespeare_gpt2"):
-        download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
-        return SHAKESPEARE_URL
-    if config.dataset == "stdlib_char":
-        return collect_stdlib(path)
-    raise ConfigError(
-        f"there is no {path}: python prepare.py --dataset={config.dataset} --input=FILE makes it from a text"
-    )
+    elif path.exists():
+        pass
+    elif config.dataset in ("shakespeare_char", "shakespeare_gpt2"):
+        download(source := SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+    elif config.dataset == "stdlib_char":
+        source = collect_stdlib(path)
+    else:
+        raise ConfigError(f"there is no {path}: python prepare.py --dataset={config.dataset} --input=FILE makes it")
+    return path, source
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
@@ -144,18 +147,17 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
-            host = urlsplit(url).hostname
             with requests.get(url, stream=True, timeout=TIMEOUT) as response:
                 if response.ok:
                     return save(response.iter_content(PIECE), path, sha256)
-                problem = f"{host} answered {response.status_code} {response.reason}"
+                problem = f"the server answered {response.status_code} {response.reason}"
                 if response.status_code < 500 and response.status_code != 429:
                     break
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            problem = f"the connection to {host} failed {attempt + 1} times ({type(error).__name__})"
-        except (requests.RequestException, ValueError) as error:  # a wrong address, or wrong content
+        except ValueError as error:  # a wrong address, or wrong content
             problem = str(error)
             break
+        except requests.RequestException as error:
+            problem = f"the connection failed {attempt + 1} times ({type(error).__name__})"
     raise UserError(
         f"cannot download {url}: {problem}. Three ways on: put the file at {path}; or python prepare.py "
         f"--dataset={path.parent.name} --input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
@@ -188,9 +190,8 @@ def collect_stdlib(path: Path) -> str:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """Yield the text piece by piece, each up to where its last word ends. Raises UserError if it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    text, data = "", None
+    """Yield the text piece by piece, each up to where a word ends. Raises UserError if it is not UTF-8."""
+    decoder, text, data = codecs.getincrementaldecoder("utf-8")(), "", None
     with open(path, "rb") as file:
         while data != b"":
             data = file.read(PIECE)
@@ -199,51 +200,52 @@ def read_pieces(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 at = file.tell() - len(error.object) + error.start
                 raise UserError(f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#x}") from None
-            end = last_word_end(text) if data else len(text)
-            yield text[:end]
-            text = text[end:]
+            *parts, text = PARTS.findall(text) or [""]
+            yield "".join(parts)  # the last part waits: its word may go on
+    yield text
 
 
-def last_word_end(text: str) -> int:
-    """Where to divide a text so that its tokens stay the same; its end where no word ends near that."""
-    start = max(0, len(text) - PART)
-    ends = [match.end() for match in re.finditer(WORD_END, text[start:])]
-    return start + ends[-1] if ends else len(text)
+def count_characters(path: Path) -> np.ndarray:
+    """How often the text has each code point (0x110000,). Raises UserError when it is empty."""
+    counts = np.zeros(sys.maxunicode + 1, np.int64)
+    for piece in read_pieces(path):
+        found = np.bincount(code_points(piece))
+        counts[: len(found)] += found
+    if not counts.any():
+        raise UserError(f"{path} is empty: there is nothing to learn from")
+    return counts
 
 
-def encode_file(tokenizer: "Tokenizer", path: Path, folder: Path, val_fraction: float) -> dict[str, Any]:
-    """Write the tokens of the text to train.bin in `folder`, and the last of them to val.bin; returns facts of both."""
-    digest, counts, last = hashlib.sha256(), [(0, 0)], np.array([], TOKEN)  # counts: tokens and bytes of every piece
+def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_train: int) -> dict[str, Any]:
+    """Write train.bin, of the first `n_train` characters, and val.bin, then input.txt; returns facts of them.
+
+    The text is split, not the tokens: all tokenizers hold back the same text, and bits per byte of two compare.
+    """
+    folder = dataset_folder(config.dataset)
+    n_tokens, val_bytes, digest = {"train": 0, "val": 0}, 0, hashlib.sha256()
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
-        for text in read_pieces(path):
-            try:
-                data, ids = text.encode(), tokenizer.encode(text)
-            except ValueError as error:
-                raise UserError(f"{path} cannot be written in these tokens: {error}") from None
-            if isinstance(tokenizer, SubwordTokenizer) and text_after(last, ids, tokenizer) != text:
-                raise UserError(f"{path} cannot be written in these tokens: they do not give it back")
-            last = ids[-1:]
-            digest.update(data)
-            counts.append((len(ids), len(data)))
-            train.write(ids)
-        ends = np.cumsum(counts, axis=0)
-        n_tokens, n_bytes = ends[-1].tolist()
-        if not n_tokens:
-            raise UserError(f"{path} is empty: there is nothing to learn from")
-        n_train = int(n_tokens * (1 - val_fraction))
-        token_end, byte_end = ends[np.searchsorted(ends[:, 0], n_train)].tolist()  # of the piece that is divided
-        train.seek(n_train * TOKEN.itemsize)
-        divided = tokenizer.decode(np.frombuffer(train.read((token_end - n_train) * TOKEN.itemsize), TOKEN))
-        train.seek(n_train * TOKEN.itemsize)
-        shutil.copyfileobj(train, val, PIECE)
-        train.truncate(n_train * TOKEN.itemsize)
+        for piece in read_pieces(text):
+            digest.update(piece.encode())
+            held_back = piece[n_train:]
+            for split, file, part in (("train", train, piece[:n_train]), ("val", val, held_back)):
+                with explained(f"{text} cannot be written in these tokens"):
+                    ids = tokenizer.encode(part)
+                    # Some tokenizers drop the very first blank.
+                    if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != part.lstrip(" "):
+                        raise ValueError("decoding them does not return it")
+                file.write(ids)
+                n_tokens[split] += len(ids)
+            val_bytes += len(held_back.encode())
+            n_train = max(0, n_train - len(piece))
+        if config.input:
+            with open(text, "rb") as given, replacing(folder / "input.txt") as file:
+                shutil.copyfileobj(given, file, PIECE)
         (folder / "meta.json").unlink(missing_ok=True)  # until the new one, the folder is not complete
-    return {
-        "train_tokens": n_train,
-        "val_tokens": n_tokens - n_train,
-        "val_bytes": n_bytes - byte_end + len(divided.encode()),
-        "sha256": digest.hexdigest(),
-    }
+    counts = {f"{split}_tokens": n for split, n in n_tokens.items()}
+    return counts | {"val_bytes": val_bytes, "sha256": digest.hexdigest()}
+
+
+# Files
 
 
 @contextmanager
@@ -252,26 +254,65 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "w+b") as file:
+        with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk, say
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        for cause in (error, error.__context__):  # on a full disk torch.save adds an error of its own
+            if isinstance(cause, OSError) and cause.errno and not cause.filename:
+                raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 
 
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of the folder of `path` until the block ends: they wait, or get a UserError.
+
+    The OS releases the lock when the process exits, even after SIGKILL.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"{path.parent} is in use by another run, process {file.read()}"
+            if not wait:
+                raise UserError(f"{holder}: let it end, or take another --out_dir") from None
+            print(f"{holder}: waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        if not os.fstat(file.fileno()).st_nlink:  # its owner has removed it: another may own a new one
+            with locked(path, wait):
+                yield
+            return
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()  # the folder of a run that was refused is empty
+
+
 # The tokens
+
+
+def code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 class CharTokenizer:
     """Every distinct character is a token; ids follow the order of the code points."""
 
     def __init__(self, chars: str):
-        self.chars = chars
+        self.facts = {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}  # for meta.json
         self.vocab_size = len(chars)
         self.points = code_points(chars)
         self.id_of = np.full(sys.maxunicode + 1, -1, np.int32)
@@ -286,64 +327,46 @@ class CharTokenizer:
         return ids.astype(TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
-        return characters(self.points[ids])
-
-    def to_dict(self) -> dict:
-        return {"tokenizer": "char", "vocab_size": self.vocab_size, "chars": self.chars}
+        return self.points[ids].tobytes().decode("utf-32-le")
 
     def to_library(self) -> Any:
         """The same as a Tokenizer of Hugging Face's library `tokenizers`."""
-        tokenizers = extra("tokenizers")
-        library = tokenizers.Tokenizer(tokenizers.models.WordLevel({char: id for id, char in enumerate(self.chars)}))
+        import tokenizers
+
+        ids = {char: id for id, char in enumerate(self.facts["chars"])}
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
         library.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
         library.decoder = tokenizers.decoders.Fuse()
         return library
 
 
-class TokenizerError(UserError, ValueError):
-    """What the library `tokenizers` raises, panics of its Rust included, has no class of its own."""
-
-
-@contextmanager
-def tokenizer_errors() -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:
-        raise TokenizerError(f"tokenizers says: {error}") from None
-
-
 class SubwordTokenizer:
     """What Hugging Face's library `tokenizers` makes of a text: GPT-2's tokens, a BPE learned here, any tokenizer.json.
 
-    `library` is its Tokenizer, or its whole tokenizer.json. Raises ValueError for one that cannot be used.
+    `library` is its Tokenizer, or its whole tokenizer.json. Raises many types of exceptions for an unusable one.
     """
 
     def __init__(self, name: str, library: Any):
-        tokenizers = extra("tokenizers")
-        with tokenizer_errors():
-            self.library = tokenizers.Tokenizer.from_str(library) if isinstance(library, str) else library
-            self.library.no_padding()
-            self.library.no_truncation()
-            self.library.post_processor = None  # which only adds tokens to those of the text
-        self.name = name
+        import tokenizers
+
+        self.library = tokenizers.Tokenizer.from_str(library) if isinstance(library, str) else library
+        self.library.no_padding()
+        self.library.no_truncation()
+        self.library.post_processor = None  # it only adds tokens to those of the text
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
+        self.facts = {"tokenizer": name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
         if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"it has {self.vocab_size:,} tokens; uint16 can tell {MAX_VOCAB_SIZE:,} apart")
 
+    @explained("the tokenizer cannot encode this text")
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (uint16); a long text is divided among all cores. Raises ValueError for one that has none."""
-        with tokenizer_errors():
-            encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
-            return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
+        """Token ids (uint16); a long text is divided among all cores. Raises UserError for one that has none."""
+        encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
+        return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
 
+    @explained("the tokenizer cannot decode these tokens")
     def decode(self, ids: np.ndarray) -> str:
-        with tokenizer_errors():
-            return self.library.decode(ids.tolist(), skip_special_tokens=False)
-
-    def to_dict(self) -> dict:
-        return {"tokenizer": self.name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
+        return self.library.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_library(self) -> Any:
         return self.library
@@ -352,33 +375,22 @@ class SubwordTokenizer:
 Tokenizer = CharTokenizer | SubwordTokenizer
 
 
-def make_tokenizer(config: PrepareConfig, text: Path) -> Tokenizer:
+def make_tokenizer(config: PrepareConfig, text: Path, counts: np.ndarray) -> Tokenizer:
     """The tokenizer that the config names; `char` and `bpe` are made for the text."""
     if config.tokenizer == "char":
-        return all_characters(text)
+        if (n_chars := np.count_nonzero(counts)) > MAX_VOCAB_SIZE:
+            raise UserError(f"{text} has {n_chars:,} distinct characters; uint16 can tell {MAX_VOCAB_SIZE:,} apart")
+        return CharTokenizer("".join(map(chr, np.flatnonzero(counts))))
     if config.tokenizer == "bpe":
         return learned_bpe(text, config.vocab_size or 512)
     if config.tokenizer == "gpt2":
         return tokenizer_of({"tokenizer": "gpt2"})
-    try:
+    if not os.path.isfile(config.tokenizer):
+        raise ConfigError(f"--tokenizer: there is no file {config.tokenizer}")
+    with explained(f"--tokenizer={config.tokenizer} is not usable", kind=ConfigError):
         content = Path(config.tokenizer).read_text(encoding="utf-8")
         facts = json.loads(content)
-        return tokenizer_of(facts) if "tokenizer" in facts else SubwordTokenizer(config.tokenizer, content)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError(f"--tokenizer={config.tokenizer}: {type(error).__name__}: {error}") from None
-
-
-def all_characters(path: Path) -> CharTokenizer:
-    """Read the text once for the characters that it has."""
-    seen = np.zeros(sys.maxunicode + 1, bool)
-    for text in read_pieces(path):
-        counts = np.bincount(code_points(text))  # takes half as long as seen[points] = True
-        seen[: len(counts)] |= counts > 0
-    if seen.sum() > MAX_VOCAB_SIZE:
-        raise UserError(
-            f"{path} has {seen.sum():,} distinct characters; uint16 tokens can tell {MAX_VOCAB_SIZE:,} apart"
-        )
-    return CharTokenizer(characters(np.flatnonzero(seen)))
+        return tokenizer_of(facts if "tokenizer" in facts else {"tokenizer": config.tokenizer, "json": content})
 
 
 def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
@@ -386,25 +398,25 @@ def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
 
     Of a long text it reads pieces at equal distances, for it keeps every different word in memory.
     """
-    tokenizers = extra("tokenizers")
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=alphabet,
-        max_token_length=32,  # bytes; where no blank divides a text, tokens would otherwise be whole passages of it
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=32,  # bytes; in a text without blanks, tokens would otherwise be whole passages
         show_progress=sys.stderr.isatty(),
     )
     pieces = itertools.islice(read_pieces(path), 0, None, 1 + path.stat().st_size // LEARN_FROM)
-    parts = (part for text in pieces for part in PARTS.findall(text))  # small, for it collects 256 of them
+    parts = (part for piece in pieces for part in PARTS.findall(piece))  # small, for it collects 256 of them
     library.train_from_iterator(parts, trainer)
     return SubwordTokenizer("bpe", library)
 
 
 def tokenizer_of(facts: dict) -> Tokenizer:
-    """The tokenizer that meta.json or a checkpoint describes. Raises UserError if unknown, ValueError if damaged."""
+    """The tokenizer that meta.json or a checkpoint describes. Raises many types of exceptions for an unusable one."""
     name = facts["tokenizer"]
     if name == "char":
         chars = facts["chars"]
@@ -414,86 +426,89 @@ def tokenizer_of(facts: dict) -> Tokenizer:
     if isinstance(facts.get("json"), str):
         return SubwordTokenizer(name, facts["json"])
     if name != "gpt2":
-        raise UserError(
-            f"tokenizer {name!r} is not supported; there are 'char', 'gpt2' and any with its tokenizer.json"
-        )
-    tokenizers = extra("tokenizers")
-    try:
-        library = tokenizers.Tokenizer.from_pretrained("gpt2")
-    except Exception as error:  # the hub's library has many
-        raise UserError(
-            f"cannot get GPT-2's tokenizer from the Hugging Face hub ({type(error).__name__}); "
-            "prepare.py --tokenizer=FILE takes its tokenizer.json"
-        ) from None
-    return SubwordTokenizer("gpt2", library)
+        known = "'char', 'gpt2' and any with its tokenizer.json"
+        raise UserError(f"tokenizer {name!r} is not supported; there are {known}")
+    import tokenizers
+
+    advice = "; prepare.py --tokenizer=FILE takes its tokenizer.json"
+    with explained("cannot get GPT-2's tokenizer from the Hugging Face hub", advice):
+        return SubwordTokenizer("gpt2", tokenizers.Tokenizer.from_pretrained("gpt2"))
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """What a text without a beginning begins with: a line break, or what comes closest."""
+    """The default prompt: a newline, else token 0."""
     try:
         return int(tokenizer.encode("\n")[0])
-    except (ValueError, IndexError):
+    except (UserError, ValueError, IndexError):
         return 0
 
 
 def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of tokens as they come; a character may take several of them."""
+
+    def text_after(before: list[int], new: list[int]) -> str:
+        # Decoded together, for some tokenizers drop the blank of the very first token.
+        together, before = (tokenizer.decode(np.array(tokens, TOKEN)) for tokens in (before + new, before))
+        return together[len(before) :]
+
     before, new = [], []
     for id in ids:
         new.append(id)
-        text = text_after(before, new, tokenizer)
+        text = text_after(before, new)
         if text and not text.endswith("\ufffd"):  # which stands for bytes that are no character yet
             yield text
             before, new = new, []
     if new:
-        yield text_after(before, new, tokenizer)
-
-
-def text_after(before: list[int] | np.ndarray, ids: list[int] | np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of tokens that follow `before`: some tokenizers drop the blank of the very first one."""
-    before = np.array(before, TOKEN)
-    return tokenizer.decode(np.concatenate((before, np.array(ids, TOKEN))))[len(tokenizer.decode(before)) :]
-
-
-def code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def characters(points: np.ndarray) -> str:
-    return points.astype("<u4").tobytes().decode("utf-32-le")
+        yield text_after(before, new)
 
 
 # Reading it back
 
 
 def load_meta(dataset: str) -> dict:
-    """The checked content of meta.json. Raises UserError when it is damaged."""
+    """The content of meta.json, checked. Raises UserError when it is damaged."""
     path = dataset_folder(dataset) / "meta.json"
-    try:
+    with explained(f"{path} is damaged", "; prepare.py makes it anew"):
         meta = json.loads(path.read_bytes())
-        if meta["tokenizer"] == "char":  # any other one is of no concern before there is a text to encode
+        if meta["tokenizer"] == "char":  # any other one is only needed when there is a text to encode
             tokenizer_of(meta)
-        for name, value, limit in (
-            ("vocab_size", meta["vocab_size"], MAX_VOCAB_SIZE),
-            ("val_bytes", meta.get("val_bytes", 1), 2**63),  # not known of tokens that came ready
-        ):
+        for name, limit in (("vocab_size", MAX_VOCAB_SIZE), ("val_bytes", 2**63)):
+            value = meta.get(name, 1)  # val_bytes: unknown for tokens that were not made here
             if type(value) is not int or not 0 < value <= limit:
                 raise ValueError(f"{name} must be from 1 to {limit}, found {value}")
         return meta
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare.py makes it anew") from None
 
 
-def token_file(dataset: str, split: str, meta: dict) -> tuple[Path, int]:
-    """The file of split "train" or "val" and its number of tokens. Raises UserError if meta.json promises others."""
-    path = dataset_folder(dataset) / f"{split}.bin"
-    n_tokens, rest = divmod(path.stat().st_size, TOKEN.itemsize)
-    if rest:
-        raise UserError(f"{path} is damaged: {path.stat().st_size} bytes are no whole number of uint16 tokens")
-    promised = meta.get(f"{split}_tokens", n_tokens)
-    if n_tokens != promised:
-        raise UserError(f"{path} is damaged: it holds {n_tokens} tokens, meta.json promises {promised}")
-    return path, n_tokens
+class Tokens:
+    """One split of a dataset, "train" or "val", memory-mapped: only what is used is read from disk.
+
+    Raises UserError for a damaged file and for one that is too short for `block_size`.
+    """
+
+    def __init__(self, dataset: str, split: str, meta: dict, block_size: int):
+        self.path = dataset_folder(dataset) / f"{split}.bin"
+        self.vocab_size = meta["vocab_size"]
+        self.n_bytes = meta.get(f"{split}_bytes")  # of its text, where that is known
+        with explained(f"{self.path} is damaged", "; prepare.py makes it anew"):
+            self.ids = np.memmap(self.path, TOKEN, "r")  # refuses an odd number of bytes
+            if len(self) != (promised := meta.get(f"{split}_tokens", len(self))):
+                raise ValueError(f"it holds {len(self)} tokens, meta.json promises {promised}")
+        if len(self) <= block_size:
+            needed = f"block_size {block_size} and a target: lower --block_size or prepare a longer text"
+            raise UserError(f"{self.path} has {len(self)} tokens, too few for {needed}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def blocks(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` tokens from each of `starts` (B,), and the one after them: ids (B, length + 1), int64.
+
+        Raises OSError for an id outside the vocabulary: no embedding may be indexed with it.
+        """
+        rows = sliding_window_view(self.ids, length + 1)[starts].astype(np.int64)
+        if rows.max() >= self.vocab_size:
+            raise OSError(f"{self.path} has token id {rows.max()}; the vocabulary has {self.vocab_size} tokens")
+        return rows
 
 
 if __name__ == "__main__":

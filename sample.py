@@ -1,6 +1,7 @@
-"""What a model says: a checkpoint and a prompt in, text out.
+"""Open a trained model and write with it: a checkpoint and a prompt in, text out.
 
-Reads out_dir and nothing else: a checkpoint carries its tokenizer.
+Reads the model's folder and nothing else: a checkpoint carries its tokenizer. train.py, too, opens models by
+`open_model`.
 
     python sample.py --out_dir=out --start="ROMEO:"
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=5 --temperature=0.8
@@ -8,25 +9,31 @@ Reads out_dir and nothing else: a checkpoint carries its tokenizer.
     python sample.py --out_dir=out --save_pretrained=FOLDER      the model for Hugging Face's transformers, instead
 """
 
+from __future__ import annotations
+
+import ctypes
 import json
-import signal
-from dataclasses import dataclass
+import math
+import sys
+import zipfile
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-# While torch is loaded, Ctrl-C just ends the program; then `run` sees to it. What ignores it goes on ignoring it.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from reprlib import repr as short
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, UserError, key, read, run
-from model import GPT, FeedForward, LanguageModel
-from prepare import Tokenizer, decoded_stream, first_token, tokenizer_of
-from train import check_source, choose_device, keep_freed_memory, pretrained
+from config import ConfigError, UserError, did_you_mean, explained, key, read, run
+from model import GPT, Bigram, GPTConfig, LanguageModel
+from prepare import Tokenizer, dataset_folder, decoded_stream, first_token, load_meta, tokenizer_of
+
+MODELS = {"gpt": GPT, "bigram": Bigram}
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+TOKENIZER = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json says of it, and a checkpoint too
+RESTORE = "; restore it from a copy, or start over in another --out_dir"
 
 
 @dataclass
@@ -35,157 +42,225 @@ class SampleConfig:
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
     init_from: str | None = key(
-        None,
-        "instead of out_dir's: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint",
+        None, "instead of out_dir's: gpt2, gpt2-medium, ..., a folder in Hugging Face's format, a checkpoint"
     )
     save_pretrained: str | None = key(None, "write the model to this folder in Hugging Face's format, and no text")
-    start: str | None = key(
-        None, "the text to continue, or FILE:path of one; None: a line break, or what comes closest"
-    )
-    num_samples: int = key(1, "continuations, generated as one batch")
-    max_new_tokens: int = key(500, "tokens in each of them")
-    temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token")
-    top_k: int | None = key(None, "choose among the k likeliest tokens only")
-    top_p: float | None = key(None, "choose among the fewest tokens that hold this share of probability")
-    seed: int = key(1337, "the same seed gives the same text")
-    device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first of them that is there")
+    start: str | None = key(None, "the text to continue, or FILE:path of one; None: a newline, else token 0")
+    num_samples: int = key(1, "continuations, generated as one batch", least=1)
+    max_new_tokens: int = key(500, "tokens in each of them", least=1)
+    temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token", least=0)
+    top_k: int | None = key(None, "choose among the k likeliest tokens only", least=1)
+    top_p: float | None = key(None, "choose among the fewest tokens of this probability together", above=0, most=1)
+    seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
+    device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens", "top_k"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0, or at least 0.001 and finite, found {self.temperature}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2^63, found {self.seed}")
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature must be 0 or at least 0.001, found {self.temperature}")
         if self.save_pretrained == "":
             raise ValueError("save_pretrained is empty: it must name a folder")
-        if self.init_from:
-            check_source(self.init_from)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, found {self.top_p}")
 
 
 @torch.inference_mode()  # a tenth faster than the no_grad of `stream`
 def main(argv: list[str]) -> None:
     config = read(SampleConfig, argv)
     device = choose_device(config.device)
-    model, tokenizer = load(config)
+    model, tokenizer = load(config.init_from or config.out_dir)
     if config.save_pretrained:
-        return save_pretrained(model, tokenizer, config.save_pretrained)
+        return save_pretrained(model, tokenizer, Path(config.save_pretrained))
     model.to(device)
     if device.type == "cpu":
-        keep_freed_memory()
         pack(model)
     idx = torch.from_numpy(prompt(config.start, tokenizer)).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
-    choices = {
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "generator": torch.Generator(device).manual_seed(config.seed),
-    }
+    generator = torch.Generator(device).manual_seed(config.seed)
+    stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)
     if config.num_samples == 1:  # appears as it is made
-        tokens = chain(idx[0].tolist(), (token.item() for token in model.stream(idx, config.max_new_tokens, **choices)))
-        for text in decoded_stream(tokenizer, tokens):
+        for text in decoded_stream(tokenizer, chain(idx[0].tolist(), (token.item() for token in stream))):
             print(text, end="", flush=True)
         print()
     else:
-        texts = (tokenizer.decode(row) for row in model.generate(idx, config.max_new_tokens, **choices).cpu().numpy())
-        print("\n---------------\n".join(texts))
-
-
-def load(config: SampleConfig) -> tuple[LanguageModel, Tokenizer]:
-    """The model of `init_from`, or of the checkpoint in out_dir, and its tokenizer."""
-    source = config.init_from or find_checkpoint(Path(config.out_dir))
-    model, facts = pretrained(source)
-    if not facts:  # Hugging Face's format
-        file = Path(source) / "tokenizer.json"
-        facts = {"tokenizer": "gpt2"}
-        if Path(source).exists():
-            facts = {"tokenizer": str(file), "json": file.read_text(encoding="utf-8")}
-    try:
-        tokenizer = tokenizer_of(facts)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source} has no usable tokenizer ({type(error).__name__}: {error})") from None
-    return model, tokenizer
-
-
-def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: str) -> None:
-    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer; each file takes its place whole."""
-    if not isinstance(model, GPT):
-        raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as beside:
-        try:
-            model.save_pretrained(beside)
-            tokenizer.to_library().save(str(Path(beside) / "tokenizer.json"))
-            (Path(beside) / "tokenizer_config.json").write_text(json.dumps(facts))
-        except (UserError, OSError):
-            raise
-        except Exception as error:  # a full disk has another name in every library
-            raise UserError(f"cannot write {folder}: {error}") from None
-        for file in Path(beside).iterdir():
-            file.replace(Path(folder) / file.name)
-    print(f'{folder}: open it with transformers.pipeline("text-generation", model="{folder}")')
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for reading only, its weights in the order in which oneDNN, torch's CPU library, reads them.
-
-    The reference model then writes one text 1.8 times as fast, ten at once 1.7 times.
-    """
-
-    def __init__(self, linear: nn.Linear, activation: str = "none"):
-        super().__init__()
-        self.activation = activation
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "tanh")
-
-
-def pack(model: nn.Module) -> None:
-    """Pack every linear layer of the model, where this torch can."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    for name, module in model.named_children():
-        if isinstance(module, FeedForward):  # GELU with the product: ten texts at once a tenth faster
-            module.c_fc, module.gelu = PackedLinear(module.c_fc, "gelu"), nn.Identity()
-            module.c_proj = PackedLinear(module.c_proj)
-        elif isinstance(module, nn.Linear):
-            setattr(model, name, PackedLinear(module))
-        else:
-            pack(module)
-
-
-def find_checkpoint(out_dir: Path) -> Path:
-    for path in (out_dir / "best.pt", out_dir / "ckpt.pt"):
-        if path.exists():
-            return path
-    others = sorted({path.parent.as_posix() for path in Path("out").rglob("*.pt")})
-    hint = f"there is one in {', '.join(others)}" if others else "python train.py makes one"
-    raise ConfigError(f"there is no checkpoint in {out_dir}; {hint}")
+        rows = torch.cat((idx, *stream), dim=1).cpu().numpy()  # (num_samples, T + max_new_tokens)
+        print("\n---------------\n".join(tokenizer.decode(row) for row in rows))
 
 
 def prompt(start: str | None, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids (T,) of the text to continue. Raises ConfigError for one that cannot be read."""
     if start is None:
         return np.array([first_token(tokenizer)])
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start.removeprefix("FILE:")).read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--start={start}: {error}") from None
-    if not start:
-        raise ConfigError("--start is empty: the model needs at least one token to continue")
     try:
+        if start.startswith("FILE:"):
+            start = Path(start.removeprefix("FILE:")).read_bytes().decode()
+        if not start:
+            raise ValueError("the model needs at least one token to continue, found an empty text")
         return tokenizer.encode(start).astype(np.int64)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--start: {error}") from None
+
+
+# Open a model
+
+
+def load(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
+    """A trained model and its tokenizer, from what `open_model` takes. Raises UserError."""
+    model, checkpoint = open_model(source)
+    source = checkpoint_in(source) or source
+    with explained(f"{source} has no usable tokenizer"):
+        facts = checkpoint.get("tokenizer", {"tokenizer": "gpt2"})
+        if not checkpoint and Path(source).exists():
+            facts = {"tokenizer": source, "json": (Path(source) / "tokenizer.json").read_text(encoding="utf-8")}
+        tokenizer = tokenizer_of(facts)
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
+    return model, tokenizer
+
+
+def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel, dict]:
+    """The model, on the CPU, of a checkpoint, and what else the checkpoint holds; runs no code of it.
+
+    `source`: a checkpoint of train.py or nanoGPT, a folder with one, or weights in Hugging Face's format, which hold
+    nothing else: a folder or one of GPT2_NAMES. Raises UserError for one that is missing, damaged or does not fit.
+    """
+    path = checkpoint_in(source)
+    if path is None:
+        with explained(f"cannot load {source}", "; a folder with its files needs no network"):
+            return GPT.from_pretrained(source, dropout), {}
+    with explained(f"{path} is not a usable checkpoint", RESTORE):
+        with zipfile.ZipFile(path) as container:
+            if damaged := container.testzip():  # torch itself does not look at the checksums
+                raise ValueError(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "model_args" in checkpoint:
+            checkpoint = from_nanogpt(checkpoint)
+        build, weights = MODELS[checkpoint["config"]["model"]], checkpoint["model"]
+        config = GPTConfig(**checkpoint["model_config"] | {"dropout": dropout})
+        with torch.device("meta"):  # takes no memory, whatever sizes a damaged config has
+            model = build(replace(config, n_layer=min(config.n_layer, len(weights))))
+        expected = {"format": 1, "model": model.state_dict(), "model_config": asdict(GPTConfig(1, 1, 1, 1, 1))}
+        expected |= {"step": 0, "best_val_loss": 0.0}
+        found = checkpoint | {"model_config": asdict(config)}
+        if wrong := [name for name in expected if structure(found[name]) != structure(expected[name])]:
+            raise ValueError(f"its {' and '.join(wrong)} must have other names, types or shapes")
+        names = ("format", "step", "best_val_loss", "tokenizer")
+        version, step, loss, tokenizer = map(checkpoint.get, names)
+        if version != 1 or step < 0 or math.isnan(loss) or not isinstance(tokenizer, dict):
+            raise ValueError(", ".join(f"{name} {short(checkpoint[name])}" for name in names))
+        model = build(config)
+        model.load_state_dict(weights)
+        return model, checkpoint
+
+
+def checkpoint_in(source: str | Path, other_names: tuple[str, ...] = ()) -> Path | None:
+    """The checkpoint that `source` is or holds; None for weights in Hugging Face's format. Raises ConfigError."""
+    for path in (Path(source) / "best.pt", Path(source) / "ckpt.pt", Path(source)):
+        if path.is_file():
+            return path
+    if source in GPT2_NAMES or (Path(source) / "config.json").is_file():
+        return None
+    others = sorted({path.parent.as_posix() for path in Path("out").rglob("*.pt")})
+    hint = f"; there is one in {', '.join(others)}" if others else "; python train.py makes one"
+    hint = did_you_mean(str(source), (*other_names, *GPT2_NAMES)) or hint
+    raise ConfigError(f"there is no checkpoint in {source}{hint}")
+
+
+def structure(value: Any) -> Any:
+    """Names, types, shapes and dtypes of nested dicts of tensors and plain values, without the values."""
+    if isinstance(value, dict):
+        return {name: structure(inner) for name, inner in value.items()}
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
+
+
+def from_nanogpt(theirs: dict) -> dict:
+    """A checkpoint of nanoGPT in the form of ours, without its optimizer. It does not say what its tokens mean."""
+    shape, weights, dataset = theirs["model_args"], theirs["model"], theirs["config"]["dataset"]
+    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # an old mask
+    if shape["vocab_size"] == 50304:  # GPT-2's 50,257 tokens rounded up for speed: the rest never occurs
+        shape = shape | {"vocab_size": 50257}
+        weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
+    path = dataset_folder(dataset) / "meta.json"
+    meta = load_meta(dataset) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
+    if meta["vocab_size"] != shape["vocab_size"]:
+        problem = f"{path} has {meta['vocab_size']}" if path.exists() else f"{path} is missing"
+        way = f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
+        raise UserError(f"this checkpoint of nanoGPT has {shape['vocab_size']} tokens, but {problem}: {way}")
+    return {
+        "format": 1,
+        "model": weights,
+        "model_config": shape,
+        "step": theirs["iter_num"],
+        "best_val_loss": float(theirs["best_val_loss"]),
+        "config": {"model": "gpt"},
+        "tokenizer": {name: meta[name] for name in TOKENIZER if name in meta},
+    }
+
+
+def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer."""
+    if not isinstance(model, GPT):
+        raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    with explained(f"cannot write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        library = tokenizer.to_library()
+        library.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+        model.save_pretrained(folder)
+    print(f'{folder}: open it with transformers.pipeline("text-generation", model="{folder}")')
+
+
+# Devices
+
+
+def choose_device(name: str, processes: int = 1) -> torch.device:
+    """The device `name`, or the best available one, for each of so many processes. Raises ConfigError."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes > 1:  # one GPU each, or gloo on CPUs; no backend connects processes on mps
+        available = ["cuda"] * (gpus >= processes) + ["cpu"]
+    else:
+        mps = torch.backends.mps.is_available()
+        available = ["cuda"] * bool(gpus) + ["mps"] * mps + ["cpu", *(f"cuda:{index}" for index in range(gpus))]
+    if name not in (*available, "auto"):
+        each = f" for each of {processes} processes" if processes > 1 else ""
+        raise ConfigError(f"device {name!r} is not available{each}; available: {', '.join(available)}")
+    device = torch.device(available[0] if name == "auto" else name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free; otherwise the OS takes it back and zeroes it again in every step.
+
+    A step of config/shakespeare_char_cpu.py takes 26 ms instead of 33, one of the reference model a tenth less.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # musl has none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference, its weights in the memory layout of oneDNN, torch's CPU library.
+
+    The reference model then writes one text 1.8 times as fast, ten at once 1.7 times.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack(model: nn.Module) -> None:
+    """Pack every linear layer of the model, where torch has oneDNN."""
+    if torch.backends.mkldnn.is_available():
+        for module in list(model.modules()):
+            for name, layer in module.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(module, name, PackedLinear(layer))
 
 
 if __name__ == "__main__":

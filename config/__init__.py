@@ -1,39 +1,43 @@
-"""Settings of the three programs: defaults, then recipes, then --key=value; the last one wins.
+"""Read the settings of a program: defaults, then recipes, then --key=value; the last one wins.
 
-Each program has one dataclass. A field is a key: its name, type, default and meaning stand there and nowhere else, and
-`--help` prints them. A recipe is a Python file: the names that it assigns are keys.
+Each program has one dataclass. A field is a key: its name, type, default, limits and meaning stand there and nowhere
+else, and `--help` prints them. A recipe is a Python file: the names that it assigns are keys.
+
+Here, too, is how a program ends: `UserError` and `explained` make one line of what went wrong, `run` prints it.
 """
 
 import argparse
 import ast
 import dataclasses
 import difflib
-import importlib
+import math
 import os
+import pickle
+import re
 import runpy
-import signal
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from operator import ge, gt, le, lt
 from pathlib import Path
-from types import ModuleType, NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-# What torch says when something outside the program fails, and what that means.
-OUT_OF_MEMORY = "out of memory; try a smaller batch, model or context"
-LOST_PROCESS = "another process of this run has ended; --init_from=auto goes on from the last checkpoint"
-BREAKDOWNS = {
-    "out of memory": OUT_OF_MEMORY,  # on a GPU
-    "allocate memory": OUT_OF_MEMORY,  # on a CPU
-    "closed by peer": LOST_PROCESS,
-    "reset by peer": LOST_PROCESS,
-    "Broken pipe": LOST_PROCESS,
-}
 MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
+LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
+# What torch raises when something outside the program fails, and what to tell the user.
+BREAKDOWNS = {
+    "MemoryError|out of memory|allocate memory": "out of memory; try a smaller batch, model or context",
+    "closed by peer|reset by peer|Broken pipe": "another process of this run has ended; "
+    "--init_from=auto resumes from the last checkpoint",
+}
+ERASE_LINE = "\r\033[K"
 
 
 class UserError(Exception):
@@ -48,13 +52,35 @@ class ConfigError(UserError):
     status = 2
 
 
-def key(default: Any, meaning: str) -> Any:
-    """A field of a program's dataclass."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+@contextmanager
+def explained(what: str, advice: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turn any exception that an untrusted file raises into one line: what (its class: its message)advice.
+
+    A UserError, a system error (which names its file), a missing package and a lack of memory pass as they are.
+    """
+    try:
+        yield
+    except (UserError, ModuleNotFoundError, MemoryError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run the code
+            reason = "it holds more than tensors and plain values"
+        raise kind(f"{what} ({type(error).__name__}: {reason}){advice}") from None
+
+
+def key(default: Any, meaning: str, **limits: float) -> Any:
+    """A field of a program's dataclass. Limits of a number: `least` or `above`, `most` or `below`."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "limits": limits})
 
 
 def read(schema: type[T], argv: list[str]) -> T:
-    """Build `schema` from its defaults, the recipes and the --key=value in `argv`. Raises ConfigError."""
+    """Build `schema` from its defaults, the recipes and the --key=value in `argv`. Raises ConfigError.
+
+    The result's attribute `given` holds the names of the keys that are not defaults.
+    """
     keys = get_type_hints(schema)
     options, rest = parser_of(schema).parse_known_args(argv)
     values = {}
@@ -63,12 +89,21 @@ def read(schema: type[T], argv: list[str]) -> T:
             name = word.partition("=")[0]
             raise ConfigError(f"unknown key {name}{did_you_mean(name.lstrip('-'), keys, '--')}; --help lists them all")
         values |= recipe(word, keys)
-    for name, text in vars(options).items():
-        values[name] = convert(text, keys[name], f"--{name}")
+    values |= {name: convert(text, keys[name], f"--{name}") for name, text in vars(options).items()}
+    for field in dataclasses.fields(schema):
+        value, limits = values.get(field.name), field.metadata["limits"]
+        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in limits.items()):
+            raise ConfigError(f"{field.name} must be {within(limits)}, found {value}")
     try:
-        return schema(**values)
+        config = schema(**values)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    config.given = frozenset(values)
+    return config
+
+
+def within(limits: dict[str, float]) -> str:
+    return " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,9 +123,10 @@ def parser_of(schema: type) -> Parser:
     )
     group = parser.add_argument_group("keys, each with its default")
     for field, kind in zip(dataclasses.fields(schema), get_type_hints(schema).values(), strict=True):
-        choice = "" if len(options(kind)) == 1 or str in options(kind) else f" ({describe(kind)})"
-        meaning = (field.metadata["meaning"] + choice).replace("%", "%%")
-        group.add_argument(f"--{field.name}", metavar=str(field.default), help=meaning)
+        choice = "" if len(options(kind)) == 1 or str in options(kind) else describe(kind)
+        notes = "; ".join(filter(None, (choice, within(field.metadata["limits"]))))
+        meaning = field.metadata["meaning"] + (f" ({notes})" if notes else "")
+        group.add_argument(f"--{field.name}", metavar=str(field.default), help=meaning.replace("%", "%%"))
     return parser
 
 
@@ -121,11 +157,12 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
         name = min(unknown)
         raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys)}")
     values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
+    if "_after" not in names:
+        return values
     try:
-        before = recipe(str(Path(path).with_name(names["_after"])), keys) if "_after" in names else {}
+        return recipe(str(Path(path).with_name(names["_after"])), keys) | values
     except (TypeError, ValueError, RecursionError):
         raise ConfigError(f"{path}: _after must name another recipe beside it, found {names['_after']!r}") from None
-    return before | values
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
@@ -135,16 +172,12 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return None
     if bool in allowed and text in BOOLS:
         return BOOLS[text]
-    if isinstance(value, str) and value in allowed:
+    if isinstance(value, str) and (value in allowed or str in allowed):
         return value
-    for number in (int, float):
-        if number in allowed:
-            try:
+    for number in {int, float}.intersection(allowed):
+        with suppress(ValueError):
+            if math.isfinite(number(text)):
                 return number(text)
-            except ValueError:
-                pass
-    if str in allowed and isinstance(value, str):
-        return value
     raise ConfigError(f"{where} must be {describe(kind)}, found {value!r}")
 
 
@@ -163,38 +196,29 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
-def extra(name: str) -> ModuleType:
-    """A package that only some uses need. Raises UserError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"this needs another package: pip install {error.name or name}") from None
-
-
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a program; `main` returns its exit status, None for 0.
 
     A user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback.
     """
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale, a model may say anything
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale, a model may write anything
     try:
         status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + 13
+    except KeyboardInterrupt:
+        status = 128 + 2
+    except (UserError, OSError) as error:
+        status = say(error)
+    except ModuleNotFoundError as error:
+        status = say(UserError(f"this needs another package: pip install {error.name}"))
     except (MemoryError, RuntimeError) as error:
-        said = "out of memory" if isinstance(error, MemoryError) else str(error)
-        meanings = [meaning for words, meaning in BREAKDOWNS.items() if words in said]
+        meanings = [text for words, text in BREAKDOWNS.items() if re.search(words, f"{type(error).__name__}: {error}")]
         if not meanings:
             raise
         status = say(UserError(meanings[0]))
-    except (UserError, OSError) as error:
-        status = say(error)
-    except KeyboardInterrupt:
-        status = 128 + 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -205,7 +229,26 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 def say(error: UserError | OSError) -> int:
     """Say it; returns the exit status. Under torchrun all processes of a machine meet a UserError: one says it."""
     if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        show(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", sys.stderr)
     else:
         time.sleep(5)  # for torchrun ends all when the first one ends: that one must have spoken
     return getattr(error, "status", 1)
+
+
+def show(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print in place of a progress line. A terminal that is gone does not end the program."""
+    try:
+        if sys.stderr.isatty():
+            print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        for gone in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
+
+
+def show_progress(text: str) -> None:
+    """Print a line on stderr that the next one replaces on a terminal, where one that wraps could not be erased."""
+    if sys.stderr.isatty():
+        show(text[: shutil.get_terminal_size().columns - 1], sys.stderr, end="")
+    else:
+        show(text, sys.stderr)

@@ -1,11 +1,11 @@
-"""How fast it is, against what this machine can do and, where you have a checkout of it, against nanoGPT.
+"""Measure the speed, against what this machine can do and, where you have a checkout of it, against nanoGPT.
 
     python tests/benchmark.py                                         ten minutes on two cores
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
+    python tests/benchmark.py --peer=../nanoGPT > tests/benchmark.md  all of it, into the file
 
-For a machine with nothing else to do: it measures on the CPU, in turns, and ends with tables. A figure is the median of
-its repeats, with the lowest and highest; then, how many times as long the others take. They run in a process of their
-own, as their users run them. `transformers` is timed where it is installed.
+For a machine with nothing else to do: it measures on the CPU, in turns. Progress goes to stderr, the tables to stdout.
+The others run in a process of their own, as their users run them; `transformers` is timed where it is installed.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -24,7 +25,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from datetime import date
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,8 +37,10 @@ sys.path.insert(0, str(REPOSITORY))
 import train  # noqa: E402
 from config import read  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from prepare import Tokens, load_meta, prepared  # noqa: E402
 from sample import pack  # noqa: E402
 
+tell = partial(print, file=sys.stderr, flush=True)
 REFERENCE = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
 BATCH = 64
 # nanoGPT's own recipe for a machine without a GPU, from its README at commit 3adf61e.
@@ -88,6 +92,7 @@ class Bench:
     bandwidth: float  # bytes a second, read from memory
     others: Executor  # the process that the others run in
     peer: Path | None = None  # a copy of nanoGPT's folder, with the text prepared
+    growth: list[tuple[str, str, str]] = field(default_factory=list)  # lines of a table of their own
 
     def elsewhere(self, work: Callable[..., object], *arguments: object) -> Callable[[], object]:
         return lambda: self.others.submit(work, *arguments).result()
@@ -101,7 +106,7 @@ class Bench:
             for each in seconds:
                 seconds[each].append(seconds_of(each))
         row = Row(work, seconds[here], seconds.get(peer, []), seconds.get(other, []), **facts)
-        print("  " + ", ".join(cell for cell in row.cells() if cell), flush=True)
+        tell("  " + ", ".join(cell for cell in row.cells() if cell))
         return row
 
 
@@ -116,21 +121,31 @@ def main() -> None:
     if options.peer and not (options.peer / "model.py").exists():
         parser.error(f"--peer: there is no {options.peer / 'model.py'}")
     torch.manual_seed(0)
-    train.prepared_dataset("shakespeare_char", process_here())
-    hardware = f"{torch.get_num_threads()} threads on {cpu_name()}, torch {torch.__version__}"
-    print(hardware)
+    prepared("shakespeare_char")
     others = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as scratch, others:
-        bench = Bench(options.repeats, Path(scratch), *limits(), others)
+        flops, bandwidth, limit = limits()
+        bench = Bench(options.repeats, Path(scratch), flops, bandwidth, others)
         if options.peer:
             bench.peer = prepared_peer(options.peer, bench.scratch)
         rows = []
         for part in options.only.split(","):
-            print(f"{part}:", flush=True)
+            tell(f"{part}:")
             rows += PARTS[part](bench)
-    print(f"\n{hardware}\n\n| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"# Benchmark\n\n`python tests/benchmark.py {' '.join(sys.argv[1:])}` on {torch.get_num_threads()} threads of "
+        f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}.\n\n{limit}\n\n"
+        f"A figure is the median of {options.repeats} repeats, with the lowest and highest; `2x` is how many times as "
+        "long the same work takes there.\n"
+    )
+    print("| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |")
     for row in rows:
         print(f"| {' | '.join(row.cells())} |")
+    if bench.growth:
+        print("\nEach size doubled again and again, the others left alone:\n")
+        print("| growth | median | from one to the next, times |\n| --- | --- | --- |")
+    for line in bench.growth:
+        print(f"| {' | '.join(line)} |")
 
 
 def cpu_name() -> str:
@@ -145,19 +160,19 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def limits() -> tuple[float, float]:
-    """FLOP/s of a matrix product in bfloat16 and bytes a second read from memory, each the best of ten."""
+def limits() -> tuple[float, float, str]:
+    """FLOP/s of a matrix product in bfloat16, bytes a second read from memory, each the best of ten, and in words."""
     flops = []
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, dtype=dtype)
         flops.append(2 * 2048**3 / min(seconds_of(lambda a=a: a @ a) for _ in range(10)))
     memory = torch.ones(2**28)
     bandwidth = memory.nbytes / min(seconds_of(memory.sum) for _ in range(10))
-    print(
-        f"limits: {flops[1] / 1e9:.0f} GFLOP/s in a bfloat16 matrix product, {flops[0] / 1e9:.0f} in float32; "
-        f"{bandwidth / 1e9:.0f} GB/s read from memory"
+    text = (
+        f"The limit is what the machine can do at best, measured in the same run: {flops[1] / 1e9:.0f} GFLOP/s in a "
+        f"bfloat16 matrix product, {flops[0] / 1e9:.0f} in float32, {bandwidth / 1e9:.0f} GB/s read from memory."
     )
-    return flops[1], bandwidth
+    return flops[1], bandwidth, text
 
 
 def process_here() -> train.Process:
@@ -216,7 +231,7 @@ def evaluations(argv: list[str], folder: Path) -> list[tuple[float, float]]:
         for line in process.stdout:
             if evaluation := re.match(r"step \d+: train loss [\d.]+, val loss ([\d.]+)", line):
                 found.append((time.perf_counter() - start, float(evaluation[1])))
-                print("  {:.1f} s: {:.4f}".format(*found[-1]), flush=True)
+                tell("  {:.1f} s: {:.4f}".format(*found[-1]))
     if process.returncode:
         raise SystemExit(f"{' '.join(argv)} ended with status {process.returncode}")
     return found
@@ -238,8 +253,9 @@ def our_step(**settings: object) -> Callable[[], None]:
     settings = {"dropout": 0.0, "gradient_accumulation_steps": 4, "init_from": "scratch"} | settings
     config = read(train.TrainConfig, [f"--{name}={value}" for name, value in settings.items()])
     process = process_here()
-    meta = train.load_meta(config.dataset)
-    tokens, state = train.Tokens("train", meta, config, process.device), train.initial_state(config, meta, process)
+    meta = load_meta(config.dataset)
+    tokens = Tokens(config.dataset, "train", meta, config.block_size)
+    state = train.initial_state(config, meta, process)
 
     def take() -> None:
         train.train_step(state.model, state, tokens, config, process)
@@ -343,7 +359,7 @@ def prepare_here(bench: Bench, text: Path) -> int:
 
 
 def growth(bench: Bench) -> list[Row]:
-    """Each size doubled again and again, the others left alone; prints a table of its own."""
+    """Each size doubled again and again, the others left alone."""
     base = {
         "n_layer": 4,
         "n_head": 4,
@@ -369,16 +385,13 @@ def growth(bench: Bench) -> list[Row]:
     works["prepare.py, MB of text"] = {
         megabytes: lambda text=text: prepare_here(bench, text) for megabytes, text in texts.items()
     }
-    lines = []
     for what, by_size in works.items():
         seconds = [statistics.median(bench.row(f"{what} {size}", work).here) for size, work in by_size.items()]
         factors = ", ".join(f"{after / before:.1f}" for before, after in itertools.pairwise(seconds))
-        lines.append((f"{what} {', '.join(map(str, by_size))}", ", ".join(f"{s:.3g} s" for s in seconds), factors))
+        sizes, figures = ", ".join(map(str, by_size)), ", ".join(f"{s:.3g} s" for s in seconds)
+        bench.growth.append((f"{what} {sizes}", figures, factors))
     peaks = ", ".join(f"{prepare_here(bench, text) / 1e6:.0f} MB" for text in texts.values())
-    lines.append(("the same, peak memory", peaks, ""))
-    print("\n| growth | median | from one to the next, times |\n| --- | --- | --- |")
-    for line in lines:
-        print(f"| {' | '.join(line)} |")
+    bench.growth.append(("the same, peak memory", peaks, ""))
     return []
 
 

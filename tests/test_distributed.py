@@ -20,7 +20,7 @@ def torchrun(*arguments, processes=2):
 
 
 def step_losses(path):
-    return [float(row["train_loss"]) for row in rows(path) if row["lr"]]
+    return [float(row["loss"]) for row in rows(path) if row["lr"]]
 
 
 @pytest.mark.parametrize("shares", [1, 2])
@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_another_number_of_processes(dataset):
     train_here(**settings, max_iters=30, out_dir="whole")
     train_here(**settings, max_iters=10)
     ended = torchrun(*tiny(**settings, max_iters=20))
-    assert "going on from out/ckpt.pt at step 10" in ended.stdout
+    assert "resuming from out/ckpt.pt at step 10" in ended.stdout
     train_here(**settings, max_iters=30)
     assert step_losses("out/log.csv") == pytest.approx(step_losses("whole/log.csv"), abs=2e-4)
 

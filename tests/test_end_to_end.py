@@ -44,12 +44,11 @@ def rungs():
 
 def bigram_losses(dataset):
     """On the training split: that of the relative frequencies of the pairs, and that of the trained table."""
-    content = torch.load("out/lecture/1_bigram/ckpt.pt", weights_only=True)
     ids = torch.from_numpy(np.fromfile(dataset / "train.bin", "<u2").astype(np.int64))
     counts = torch.zeros(65, 65, dtype=torch.float64)
     counts.index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1, dtype=torch.float64), accumulate=True)
     truth = -(counts / counts.sum(1, keepdim=True)).log()[ids[:-1], ids[1:]].mean().item()
-    return truth, train.model_of(content, "ckpt.pt")(ids[None, :-1], ids[None, 1:])[1].item()
+    return truth, sample.open_model("out/lecture/1_bigram/ckpt.pt")[0].train()(ids[None, :-1], ids[None, 1:])[1].item()
 
 
 def test_the_bigram_model_learns_the_counts(dataset):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import checkpoint, same, train_here
+from conftest import checkpoint, train_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -246,23 +246,3 @@ def test_a_run_without_its_optimizer_state_is_refused(trained):
     torch.save(content, trained)
     with pytest.raises(UserError, match=r"out/ckpt.pt is not a usable checkpoint"):
         train_here(max_iters=21)
-
-
-def test_a_split_that_becomes_shorter_while_it_is_read_is_refused(dataset, monkeypatch):
-    monkeypatch.setattr(train, "SMALL", 0)
-
-    def shortened(*step, original=train.train_step):
-        os.truncate(dataset / "train.bin", 10)
-        return original(*step)
-
-    monkeypatch.setattr(train, "train_step", shortened)
-    with pytest.raises(OSError, match=r"^data/shakespeare_char/train.bin became shorter while it was read"):
-        train_here()
-    assert checkpoint()["step"] == 0
-
-
-def test_reading_from_disk_or_memory_is_the_same(dataset, monkeypatch):
-    train_here(out_dir="memory")
-    monkeypatch.setattr(train, "SMALL", 0)
-    train_here(out_dir="disk")
-    assert same(checkpoint("memory/ckpt.pt")["model"], checkpoint("disk/ckpt.pt")["model"])

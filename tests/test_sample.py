@@ -9,7 +9,6 @@ from conftest import REPOSITORY, checkpoint, command, train_here
 
 import prepare
 import sample
-import train
 from config import ConfigError, UserError
 from model import GPT, GPTConfig
 from prepare import CharTokenizer
@@ -40,7 +39,7 @@ def test_a_sample_is_the_prompt_and_its_continuation(trained, capsys):
 
 def test_the_text_is_what_generate_says(trained, capsys):
     content = checkpoint("out/best.pt")
-    model, tokenizer = train.model_of(content, "best.pt"), CharTokenizer(content["tokenizer"]["chars"])
+    model, tokenizer = sample.open_model("out/best.pt")[0], CharTokenizer(content["tokenizer"]["chars"])
     idx = torch.tensor([tokenizer.encode("the king").tolist()])
     chance = torch.Generator().manual_seed(7)
     expected = model.generate(idx.repeat(3, 1), 40, temperature=0.9, top_k=5, top_p=0.95, generator=chance)
@@ -82,10 +81,8 @@ def test_temperature_0_is_greedy_whatever_the_seed(trained, capsys):
 
 def test_all_samples_of_a_call_are_one_batch(trained, capsys, monkeypatch):
     batches = []
-    original = train.GPT.read
-    monkeypatch.setattr(
-        train.GPT, "read", lambda self, idx, *rest: batches.append(len(idx)) or original(self, idx, *rest)
-    )
+    original = GPT.read
+    monkeypatch.setattr(GPT, "read", lambda self, idx, *rest: batches.append(len(idx)) or original(self, idx, *rest))
     text = say(capsys, "--start=a", "--num_samples=4")
     assert set(batches) == {4}
     assert len(set(text.removesuffix("\n").split("\n---------------\n"))) == 4
@@ -127,25 +124,24 @@ def test_samples_go_past_the_context(dataset, capsys, model):
     ("arguments", "message"),
     [
         (["--start=king#1"], "--start: character '#' at position 4 is not in the vocabulary"),
-        (["--start="], "--start is empty: the model needs at least one token to continue"),
-        (["--start=FILE:nowhere"], "--start=FILE:nowhere: [Errno 2] No such file or directory: 'nowhere'"),
+        (["--start="], "--start: the model needs at least one token to continue, found an empty text"),
+        (["--start=FILE:nowhere"], "--start: [Errno 2] No such file or directory: 'nowhere'"),
         (
             ["--start=FILE:noise"],
-            "--start=FILE:noise: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+            "--start: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
         ),
         (["--out_dir=nowhere"], "there is no checkpoint in nowhere; there is one in out"),
         (["--save_pretrained="], "save_pretrained is empty: it must name a folder"),
         (
             ["--init_from=gtp2"],
-            f"init_from must be {', '.join(train.GPT2_NAMES)}, a folder in Hugging Face's format "
-            "or a checkpoint file, found 'gtp2', did you mean gpt2?",
+            "there is no checkpoint in gtp2, did you mean gpt2?",
         ),
         (["--num_samples=0"], "num_samples must be at least 1, found 0"),
         (["--top_k=0"], "top_k must be at least 1, found 0"),
         (["--top_p=0"], "top_p must be above 0 and at most 1, found 0.0"),
-        (["--temperature=-1"], "temperature must be 0, or at least 0.001 and finite, found -1.0"),
-        (["--temperature=1e-39"], "temperature must be 0, or at least 0.001 and finite, found 1e-39"),
-        (["--seed=-1"], "seed must be at least 0 and below 2^63, found -1"),
+        (["--temperature=-1"], "temperature must be at least 0, found -1.0"),
+        (["--temperature=1e-39"], "temperature must be 0 or at least 0.001, found 1e-39"),
+        (["--seed=-1"], "seed must be at least 0 and below 9223372036854775808, found -1"),
         (["--temprature=1"], "unknown key --temprature, did you mean --temperature?; --help lists them all"),
     ],
 )
@@ -168,7 +164,7 @@ def test_mistakes(trained, arguments, message):
             "has no usable tokenizer (ValueError: chars must",
         ),
         ({"tokenizer": "char"}, "has no usable tokenizer (KeyError: 'chars'"),
-        (None, "is not a usable checkpoint (ValueError: tokenizer is None"),
+        (None, "is not a usable checkpoint (ValueError: format 1, step 20, best_val_loss "),
     ],
 )
 def test_a_checkpoint_with_a_wrong_tokenizer_is_refused(trained, tokenizer, problem):

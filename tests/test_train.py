@@ -31,7 +31,7 @@ def config(**changes):
 
 
 def tokens(split="train", **changes):
-    return Tokens(split, load_meta("shakespeare_char"), config(**changes), torch.device("cpu"))
+    return Tokens("shakespeare_char", split, load_meta("shakespeare_char"), config(**changes).block_size)
 
 
 # The schedule
@@ -101,28 +101,24 @@ def test_every_place_of_the_split_is_drawn(dataset):
     short = np.arange(18, dtype="<u2")  # two blocks of 16 and a target fit into 18 tokens
     short.tofile(dataset / "train.bin")
     meta = load_meta("shakespeare_char") | {"train_tokens": 18}
-    data = Tokens("train", meta, config(), torch.device("cpu"))
+    data = Tokens("shakespeare_char", "train", meta, 16)
     first = {row[0].item() for step in range(20) for row in batch(data, step, 0, config(), ALONE)[0]}
     assert first == {0, 1}
 
 
-@pytest.mark.parametrize("small", [2**30, 0])
-def test_token_ids_above_32767_are_read_as_they_are(dataset, monkeypatch, small):
-    monkeypatch.setattr(train, "SMALL", small)
+def test_token_ids_above_32767_are_read_as_they_are(dataset):
     ids = np.arange(65536, dtype="<u2")
     ids.tofile(dataset / "train.bin")
-    data = Tokens("train", {"vocab_size": 65536}, config(), torch.device("cpu"))
-    assert data.blocks(np.array([65500]), 16)[0].tolist() == [list(range(65500, 65516))]
+    data = Tokens("shakespeare_char", "train", {"vocab_size": 65536}, 16)
+    assert data.blocks(np.array([65500]), 16).tolist() == [list(range(65500, 65517))]
 
 
-@pytest.mark.parametrize("small", [2**30, 0])
-def test_a_token_outside_the_vocabulary_is_refused(dataset, monkeypatch, small):
-    monkeypatch.setattr(train, "SMALL", small)
+def test_a_token_outside_the_vocabulary_is_refused(dataset):
     ids = np.fromfile(dataset / "val.bin", "<u2")
     ids[40] = first_unknown = load_meta("shakespeare_char")["vocab_size"]
     ids.tofile(dataset / "val.bin")
     with pytest.raises(
-        UserError if small else OSError,
+        OSError,
         match=rf"data/shakespeare_char/val.bin has token id {first_unknown}; the vocabulary has",
     ):
         train_here()
@@ -179,7 +175,7 @@ def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset):
     train_here(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1)
     for name, tensor in checkpoint()["model"].items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-6)
-    assert float(rows()[-2]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+    assert float(rows()[-1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_accumulation_changes_memory_not_learning(dataset):
@@ -188,7 +184,7 @@ def test_accumulation_changes_memory_not_learning(dataset):
         train_here(
             dropout=0.0, gradient_accumulation_steps=shares, out_dir=f"out/{shares}", log_interval=1, max_iters=40
         )
-        found.append([float(row["train_loss"]) for row in rows(f"out/{shares}/log.csv") if row["lr"]])
+        found.append([float(row["loss"]) for row in rows(f"out/{shares}/log.csv") if row["lr"]])
     assert len(found[0]) == 40
     assert found[0] == pytest.approx(found[1], abs=2e-4)
     assert found[0][-1] < found[0][0] - 0.2
@@ -199,7 +195,7 @@ def test_compiled_training_learns_the_same(dataset):
     for compiled in (False, True):
         short = {"max_iters": 4, "log_interval": 1, "dropout": 0.0, "n_layer": 1, "feed_forward": False}
         train_here(**short, compile=compiled, out_dir=f"out/{compiled}")
-    plain, fused = ([float(row["train_loss"]) for row in rows(f"out/{c}/log.csv")] for c in (False, True))
+    plain, fused = ([float(row["loss"]) for row in rows(f"out/{c}/log.csv")[1:]] for c in (False, True))
     assert fused == pytest.approx(plain, abs=1e-4)
     assert not any("_orig_mod" in name for name in checkpoint("out/True/ckpt.pt")["model"])
 
@@ -207,7 +203,7 @@ def test_compiled_training_learns_the_same(dataset):
 def test_where_no_compiler_works_one_line_says_so_and_the_run_goes_on(dataset, monkeypatch, capsys):
     monkeypatch.setattr("torch.compile", lambda function: lambda *_: 1 / 0)  # as with CXX=/nowhere, at the first call
     train_here(compile=True, max_iters=2)
-    assert "torch.compile does not work here (ZeroDivisionError): going on without it\n" in capsys.readouterr().out
+    assert "torch.compile does not work here (ZeroDivisionError): training without it\n" in capsys.readouterr().out
     assert checkpoint()["step"] == 2
 
 
@@ -234,7 +230,7 @@ def step_loss(data, step=0, rank=0, world_size=2, **changes):
 
 def test_dropout_of_a_step_depends_on_seed_step_rank_and_micro_batch(dataset):
     np.zeros(100, "<u2").tofile(dataset / "train.bin")  # all batches are alike: only dropout tells steps apart
-    data = Tokens("train", {"vocab_size": 5}, config(), torch.device("cpu"))
+    data = Tokens("shakespeare_char", "train", {"vocab_size": 5}, 16)
     alike = step_loss(data)
     assert step_loss(data) == alike
     assert step_loss(data, step=1) != alike
@@ -342,7 +338,7 @@ def test_eval_only_evaluates_and_writes_nothing(dataset, capsys):
 def test_checkpoints_have_the_promised_content(dataset):
     train_here()
     whole, best = checkpoint(), checkpoint("out/best.pt")
-    common = {"format", "model", "model_config", "step", "best_val_loss", "config", "tokenizer"}
+    common = {"format", "model", "model_config", "step", "best_val_loss", "config", "tokenizer", "sha256"}
     assert set(whole) == common | {"optimizer", "scaler"}
     assert set(best) == common
     assert whole["format"] == 1
@@ -386,7 +382,7 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(dataset, capsys, dtype
     found = losses(capsys.readouterr().out)
     train_here(dtype=dtype, max_iters=30)
     output = capsys.readouterr().out
-    assert "going on from out/ckpt.pt at step 10\n" in output
+    assert "resuming from out/ckpt.pt at step 10\n" in output
     assert found | losses(output) == expected
     whole, resumed = checkpoint("whole/ckpt.pt"), checkpoint()
     whole["config"]["out_dir"] = "out"
@@ -405,7 +401,7 @@ def test_a_finished_run_says_so_and_a_higher_max_iters_goes_on(dataset, capsys):
     assert "max_iters (20) is reached" in capsys.readouterr().out
     assert same(checkpoint(), before)
     train_here(max_iters=30)
-    assert "going on from out/ckpt.pt at step 20; changed since: max_iters 20 -> 30\n" in capsys.readouterr().out
+    assert "resuming from out/ckpt.pt at step 20; changed since: max_iters 20 -> 30\n" in capsys.readouterr().out
     assert checkpoint()["step"] == 30
 
 
@@ -452,7 +448,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(dataset, changes, dif
     before = checkpoint()
     with pytest.raises(ConfigError) as error:
         train_here(**changes, max_iters=30)
-    assert str(error.value).startswith("out/ckpt.pt holds another model (")
+    assert str(error.value).startswith("out/ckpt.pt holds another model or text than asked for (")
     assert difference in str(error.value)
     assert same(checkpoint(), before)
 
@@ -486,7 +482,7 @@ def test_damaged_and_hostile_checkpoints_are_refused_in_one_line(dataset, damage
         torch.save({"format": 1}, path)
     (path.parent / "best.pt").unlink()
     for program in (train_here, lambda: sample.main([])):
-        with pytest.raises(UserError, match=r"^out/ckpt.pt is not a usable checkpoint \(.+\); bring back"):
+        with pytest.raises(UserError, match=r"^out/ckpt.pt is not a usable checkpoint \(.+\); restore"):
             program()
     assert not (dataset.parent.parent / "code_was_run").exists()
     if damage == "truncated":
@@ -561,13 +557,13 @@ def test_the_console_and_the_log_show_the_same_run(dataset, capsys):
     progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00"
     assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 5
     header = (dataset.parent.parent / "out" / "log.csv").read_text().splitlines()[0]
-    assert header == "step,seconds,train_loss,val_loss,lr,grad_norm,tokens_per_second,mfu"
-    assert [int(row["step"]) for row in rows()] == [0, 1, 5, 10, 10, 15, 20, 20]
+    assert header == "step,seconds,loss,train_loss,val_loss,bits_per_byte,lr,grad_norm,tokens_per_second,mfu"
+    assert [int(row["step"]) for row in rows()] == [0, 1, 5, 10, 15, 20]  # one row a step
     for row in rows():
-        evaluation = bool(row["val_loss"])
-        assert bool(row["train_loss"])
-        assert bool(row["lr"]) == bool(row["grad_norm"]) == bool(row["tokens_per_second"]) != evaluation
-        assert row["mfu"] == ""
+        assert bool(row["train_loss"]) == bool(row["val_loss"]) == (int(row["step"]) in (0, 10, 20))
+        assert bool(row["loss"]) == bool(row["lr"]) == bool(row["grad_norm"]) == bool(row["tokens_per_second"])
+        assert bool(row["loss"]) == (row["step"] != "0")
+        assert row["mfu"] == row["bits_per_byte"] == ""
     assert losses("\n".join(lines))[20][1] == pytest.approx(float(rows()[-1]["val_loss"]), abs=1e-4)
 
 
@@ -585,11 +581,13 @@ def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, c
     assert "on this CPU" not in capsys.readouterr().out
     settings = config(max_iters=10**9)
     state = train.State(GPT(settings.model_config(5)), None, None, {})
-    with train.Log(settings, state, ALONE) as log:
-        log.since -= 10  # seconds for the first step
-        log.progress(1, 2.0, 1.0)
-        log.since -= 10
-        log.progress(2, 2.0, 1.0)
+    Path("out").mkdir(exist_ok=True)
+    log = train.Log(settings, state, ALONE)
+    log.since -= 10  # seconds for the first step
+    log.write(1, log.progress(1, 2.0, 1.0))
+    assert "on this CPU" not in capsys.readouterr().out
+    log.since -= 10
+    log.progress(2, 2.0, 1.0)
     assert (
         capsys.readouterr().out.count("on this CPU; python train.py config/shakespeare_char_cpu.py takes two minutes")
         == 1
@@ -597,23 +595,8 @@ def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, c
 
 
 def shown(text):
-    """What a terminal shows: after \\r, a line is written over."""
-    lines = []
-    for line in text.split("\n"):
-        now = ""
-        for part in line.split("\r"):
-            now = part + now[len(part) :]
-        lines.append(now.rstrip())
-    return lines
-
-
-def test_a_terminal_shows_progress_in_one_line(dataset, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    train_here()
-    out = capsys.readouterr().out
-    assert "step 5/20 |" in out
-    assert not any("/20 |" in line for line in shown(out))
-    assert shown(out).count("step 10: train loss " + out.partition("step 10: train loss ")[2].partition("\n")[0]) == 1
+    """What a terminal shows: \\r\\033[K erases the line."""
+    return [line.split("\r\033[K")[-1] for line in text.split("\n")]
 
 
 def test_what_is_piped_on_has_no_progress_in_it(dataset):
@@ -646,8 +629,8 @@ def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monk
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: card)
     process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
     settings = config()
-    with train.Log(settings, train.State(GPT(settings.model_config(5)), None, None, {}), process) as log:
-        log.progress(1, 2.0, 1.0)
+    log = train.Log(settings, train.State(GPT(settings.model_config(5)), None, None, {}), process)
+    log.write(1, log.progress(1, 2.0, 1.0))
     [row] = rows()
     assert train.peak_flops(process) == peak
     assert ("| mfu " in capsys.readouterr().err) == (peak is not None)
@@ -664,20 +647,15 @@ def events(out_dir="out"):
     return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}, texts
 
 
-def test_tensorboard_shows_the_curves_the_settings_and_samples(dataset, capsys):
+def test_tensorboard_shows_the_curves_and_samples(dataset, capsys):
     train_here(tensorboard=True, max_iters=10, eval_iters=0)
     train_here(tensorboard=True, max_iters=20, eval_iters=0)
     scalars, texts = events()
     logged = rows()
-    for tag, column, others in (
-        ("loss/val", "val_loss", ""), ("lr", "lr", ""), ("grad_norm", "grad_norm", ""),
-        ("loss/train", "train_loss", "val_loss"), ("loss/batch", "train_loss", "lr"),
-        ("tokens_per_second", "tokens_per_second", ""),
-    ):  # fmt: skip
-        expected = {int(row["step"]): float(row[column]) for row in logged if row[column] and row[others or column]}
-        assert scalars[tag] == pytest.approx(expected, rel=1e-5), tag
-    assert set(scalars["loss/val_bits_per_byte"]) == {0, 10, 20}
-    assert "    n_embd = 32\n" in texts["config/text_summary"][0]
+    for name in ("loss", "train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"):
+        expected = {int(row["step"]): float(row[name]) for row in logged if row[name]}
+        assert len(expected) >= 3
+        assert scalars[name] == pytest.approx(expected, rel=1e-5), name
     assert set(texts["sample/text_summary"]) == {0, 10, 20}
     written = texts["sample/text_summary"][20].replace("\n    ", "\n").removeprefix("    ")
     assert len(written) == 201
@@ -692,7 +670,7 @@ def test_tensorboard_changes_no_bit_and_forgets_steps_that_are_taken_again(datas
     shutil.copy("at 10.pt", "board/ckpt.pt")  # as if it had been killed after step 15
     train_here(out_dir="board", dropout=0.3, tensorboard=True)
     assert same(checkpoint("board/ckpt.pt")["model"], checkpoint("plain/ckpt.pt")["model"])
-    assert set(events("board")[0]["loss/val"]) == {0, 10, 20}
+    assert set(events("board")[0]["val_loss"]) == {0, 10, 20}
 
 
 def test_a_best_checkpoint_without_its_ckpt_is_not_overwritten(dataset):
@@ -700,7 +678,7 @@ def test_a_best_checkpoint_without_its_ckpt_is_not_overwritten(dataset):
     before = Path("out/best.pt").read_bytes()
     Path("out/ckpt.pt").unlink()
     with pytest.raises(
-        ConfigError, match=r"^there is out/best.pt but no out/ckpt.pt: begin with it by --init_from=out"
+        ConfigError, match=r"^there is out/best.pt but no out/ckpt.pt: start from it with --init_from=out"
     ):
         train_here()
     assert Path("out/best.pt").read_bytes() == before
@@ -709,12 +687,15 @@ def test_a_best_checkpoint_without_its_ckpt_is_not_overwritten(dataset):
     assert checkpoint()["step"] == 1
 
 
-def test_a_run_that_ended_before_its_first_ckpt_begins_again(dataset):
-    train_here(max_iters=1, learning_rate=0, min_lr=0)
-    Path("out/ckpt.pt").unlink()
-    assert checkpoint("out/best.pt")["step"] == 0
-    train_here(max_iters=1)
-    assert checkpoint()["step"] == 1
+def test_best_is_not_the_model_before_its_first_step(dataset, monkeypatch):
+    monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+    train_here()
+    assert (checkpoint()["step"], checkpoint()["best_val_loss"]) == (0, math.inf)
+    assert not Path("out/best.pt").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(dataset.parent.parent)
+    train_here(learning_rate=0, min_lr=0, max_iters=10)  # no better than at step 0
+    assert checkpoint("out/best.pt")["step"] == 10
 
 
 def test_machines_that_see_different_checkpoints_are_refused(dataset, monkeypatch):
@@ -767,9 +748,11 @@ def test_the_best_device_is_chosen(machine):
     assert choose_device("auto") == choose_device("auto", processes=2) == torch.device("cuda")
     assert choose_device("auto", processes=4) == torch.device("cpu")
     assert choose_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="there is no device 'cuda:2'; there is cuda, mps, cpu, cuda:0, cuda:1"):
+    with pytest.raises(
+        ConfigError, match="device 'cuda:2' is not available; available: cuda, mps, cpu, cuda:0, cuda:1"
+    ):
         choose_device("cuda:2")
-    with pytest.raises(ConfigError, match="there is no device 'cuda' for each of 4 processes; there is cpu"):
+    with pytest.raises(ConfigError, match="device 'cuda' is not available for each of 4 processes; available: cpu"):
         choose_device("cuda", processes=4)
 
 
@@ -788,13 +771,11 @@ def test_every_process_takes_a_gpu_of_its_own(machine, monkeypatch, name, enviro
     monkeypatch.setattr("torch.cuda.set_device", lambda device: chosen.append(device.index))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("torch.distributed.init_process_group", joined.append)
-    monkeypatch.setattr("torch.distributed.new_group", lambda backend: backend)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     process = train.join_processes(config(device=name, dtype="auto"))
     assert chosen == [process.device.index] == [index]
-    assert joined == (["nccl"] if environment else [])
-    assert process.cpu_group == ("gloo" if environment else None)
+    assert joined == (["cpu:gloo,cuda:nccl"] if environment else [])
     assert process.dtype == torch.bfloat16
     torch.set_float32_matmul_precision("highest")
 
@@ -828,26 +809,26 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--dropout=1"], "dropout must be at least 0 and below 1, found 1.0"),
         (["--batch_size=0"], "batch_size must be at least 1, found 0"),
         (["--max_iters=-5"], "max_iters must be at least 1, found -5"),
-        (["--learning_rate=nan"], "learning_rate must be finite and at least 0, found nan"),
+        (["--learning_rate=nan"], "--learning_rate must be a number, found 'nan'"),
         (["--learning_rate=1e-5"], "min_lr (0.0001) must not be above learning_rate (1e-05)"),
         (["--beta2=1"], "beta2 must be at least 0 and below 1, found 1.0"),
         (["--lr_decay_iters=-5"], "lr_decay_iters must be at least 1, found -5"),
-        (["--seed=18446744073709551616"], "seed must be at least 0 and below 2^63, found 18446744073709551616"),
-        (["--seed=-1"], "seed must be at least 0 and below 2^63, found -1"),
+        (["--seed=18446744073709551616"],
+         "seed must be at least 0 and below 9223372036854775808, found 18446744073709551616"),
+        (["--seed=-1"], "seed must be at least 0 and below 9223372036854775808, found -1"),
         (["--out_dir="], "out_dir is empty: it must name a folder"),
         (["--gradient_accumulation_steps=3"],
          "batch_size (64) must be divisible by the number of processes (1) x gradient_accumulation_steps (3)"),
-        (["--device=gpu"], "there is no device 'gpu'; there is cpu"),
+        (["--device=gpu"], "device 'gpu' is not available; available: cpu"),
         (["--device=cpu", "--dtype=float16"],
          "float16 needs the loss scaling of a cuda device, found cpu; use bfloat16 or float32"),
         (["--dtype=float64"], "--dtype must be auto, float32, bfloat16 or float16, found 'float64'"),
         (["--init_from=gpt5"],
-         "init_from must be auto, scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face's "
-         "format or a checkpoint file, found 'gpt5', did you mean gpt2?"),
+         "there is no checkpoint in gpt5, did you mean gpt2?"),
         (["--dataset=../secrets"],
          "dataset must be a plain folder name (letters, digits, _ - .), found '../secrets'"),
         (["--dataset=none"],
-         "there is no data/none/input.txt: python prepare.py --dataset=none --input=FILE makes it from a text"),
+         "there is no data/none/input.txt: python prepare.py --dataset=none --input=FILE makes it"),
         (["config/shakespeare.py"],
          "there is no recipe config/shakespeare.py, did you mean config/shakespeare_char.py?"),
     ],
@@ -866,19 +847,6 @@ def test_an_out_dir_that_is_a_file_is_one_line_and_status_1(dataset):
     assert ended.returncode == 1
     assert ended.stderr.startswith("train.py: [Errno ")
     assert ended.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "prepare.py"])
-def test_ctrl_c_is_quiet_before_the_program_has_begun(program, folder):
-    argv = [sys.executable, "-X", "importtime", str(REPOSITORY / program), "--help"]  # says what it has imported
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        while "numpy" not in running.stderr.readline():
-            pass
-        running.send_signal(signal.SIGINT)
-        out, errors = running.communicate(timeout=60)
-    assert running.returncode == -signal.SIGINT
-    assert out == ""
-    assert all(line.startswith("import time:") for line in errors.splitlines())
 
 
 def test_ctrl_c_is_quiet_and_status_130(dataset):
