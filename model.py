@@ -257,7 +257,8 @@ def sample_token(
     logits, tokens = (logits.float() / temperature).topk(min(top_k or vocab_size, vocab_size))  # likeliest first
     probs = logits.softmax(-1)
     if top_p is not None:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # those before it already hold top_p
+        before = probs.cumsum(-1) - probs
+        probs = probs.masked_fill((before >= top_p) & (before > 0), 0)  # those before it already hold top_p
     return tokens.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 

@@ -59,7 +59,7 @@ class PrepareConfig:
     val_fraction: float = key(0.1, "share of the text held back for validation: its end", above=0, below=1)
     tokenizer: str = key(
         "auto",
-        "char, bpe, gpt2, or the path of a tokenizer.json, or of the meta.json of another dataset; "
+        "char, bpe, gpt2, or a path: of a tokenizer.json, its folder, or the meta.json of another dataset; "
         "auto: gpt2 for a dataset whose name ends so, else char",
     )
     vocab_size: int | None = key(
@@ -70,8 +70,8 @@ class PrepareConfig:
         dataset_folder(self.dataset)
         if self.tokenizer == "auto":
             self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
-        if self.tokenizer not in ("char", "bpe", "gpt2") and not self.tokenizer.endswith(".json"):
-            raise ValueError(f"tokenizer must be char, bpe, gpt2 or a tokenizer.json, found {self.tokenizer!r}")
+        if self.tokenizer not in ("char", "bpe", "gpt2"):
+            tokenizer_facts(Path(self.tokenizer))
         if self.vocab_size and self.tokenizer != "bpe":
             raise ValueError(f"vocab_size is of --tokenizer=bpe, found --tokenizer={self.tokenizer}")
         if self.input and self.url:
@@ -100,6 +100,10 @@ def prepare(config: PrepareConfig, again: bool = True) -> None:
     kind = "characters" if config.tokenizer == "char" else "tokens"
     sizes = f"{facts['train_tokens']:,} train tokens, {facts['val_tokens']:,} validation tokens"
     print(f"{folder}: {tokenizer.vocab_size:,} {kind}, {sizes}")
+    if tokenizer.vocab_size < (config.vocab_size or 0):
+        print(f"the text has no more frequent strings: fewer tokens than --vocab_size={config.vocab_size}")
+    if min(facts["train_tokens"], facts["val_tokens"]) <= 8:  # config/lecture has the shortest blocks
+        print("too short for every recipe here, even for --block_size=8: take a longer text")
 
 
 def prepared(dataset: str) -> dict:
@@ -134,6 +138,9 @@ def fetch(config: PrepareConfig, path: Path) -> tuple[Path, str]:
         download(source := SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
     elif config.dataset == "stdlib_char":
         source = collect_stdlib(path)
+    elif path.with_name("train.bin").exists():
+        facts = '{"tokenizer": "gpt2", "vocab_size": 50257} or {"tokenizer": "char", "vocab_size": N, "chars": "..."}'
+        raise ConfigError(f"{path.parent} has tokens but no meta.json, which must say what they mean: {facts}")
     else:
         raise ConfigError(f"there is no {path}: python prepare.py --dataset={config.dataset} --input=FILE makes it")
     return path, source
@@ -191,7 +198,7 @@ def collect_stdlib(path: Path) -> str:
 
 def read_pieces(path: Path) -> Iterator[str]:
     """Yield the text piece by piece, each up to where a word ends. Raises UserError if it is not UTF-8."""
-    decoder, text, data = codecs.getincrementaldecoder("utf-8")(), "", None
+    decoder, text, data = codecs.getincrementaldecoder("utf-8-sig")(), "", None
     with open(path, "rb") as file:
         while data != b"":
             data = file.read(PIECE)
@@ -237,6 +244,8 @@ def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_tra
                 n_tokens[split] += len(ids)
             val_bytes += len(held_back.encode())
             n_train = max(0, n_train - len(piece))
+        if not all(n_tokens.values()):
+            raise UserError(f"{text} is too short for --val_fraction={config.val_fraction}: a split has no token")
         if config.input:
             with open(text, "rb") as given, replacing(folder / "input.txt") as file:
                 shutil.copyfileobj(given, file, PIECE)
@@ -305,7 +314,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")  # refuses lone surrogates, which are no characters
 
 
 class CharTokenizer:
@@ -385,12 +394,19 @@ def make_tokenizer(config: PrepareConfig, text: Path, counts: np.ndarray) -> Tok
         return learned_bpe(text, config.vocab_size or 512)
     if config.tokenizer == "gpt2":
         return tokenizer_of({"tokenizer": "gpt2"})
-    if not os.path.isfile(config.tokenizer):
-        raise ConfigError(f"--tokenizer: there is no file {config.tokenizer}")
     with explained(f"--tokenizer={config.tokenizer} is not usable", kind=ConfigError):
-        content = Path(config.tokenizer).read_text(encoding="utf-8")
-        facts = json.loads(content)
-        return tokenizer_of(facts if "tokenizer" in facts else {"tokenizer": config.tokenizer, "json": content})
+        return tokenizer_of(tokenizer_facts(Path(config.tokenizer)))
+
+
+def tokenizer_facts(path: Path) -> dict:
+    """What a tokenizer.json, its folder or another dataset's meta.json says. Raises ConfigError where there is none."""
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.suffix != ".json" or not path.is_file():
+        ways = "char, bpe, gpt2, a tokenizer.json, its folder or a meta.json"
+        raise ConfigError(f"there is no tokenizer {path}: take {ways}")
+    content = path.read_text(encoding="utf-8")
+    facts = json.loads(content)
+    return facts if "tokenizer" in facts else {"tokenizer": str(path), "json": content}
 
 
 def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
@@ -428,11 +444,25 @@ def tokenizer_of(facts: dict) -> Tokenizer:
     if name != "gpt2":
         known = "'char', 'gpt2' and any with its tokenizer.json"
         raise UserError(f"tokenizer {name!r} is not supported; there are {known}")
+    quiet_hub(needed=True)
     import tokenizers
 
     advice = "; prepare.py --tokenizer=FILE takes its tokenizer.json"
     with explained("cannot get GPT-2's tokenizer from the Hugging Face hub", advice):
         return SubwordTokenizer("gpt2", tokenizers.Tokenizer.from_pretrained("gpt2"))
+
+
+def quiet_hub(needed: bool) -> None:
+    """Before transformers is imported: no warnings, no bars and, where the Hugging Face hub is away, no attempts."""
+    import requests
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        if needed:
+            requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
+    except requests.RequestException:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # from its cache, or an error at once, not after 24 seconds
 
 
 def first_token(tokenizer: Tokenizer) -> int:

@@ -26,9 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, UserError, did_you_mean, explained, key, read, run
+from config import ConfigError, UserError, did_you_mean, explained, key, put, read, run
 from model import GPT, Bigram, GPTConfig, LanguageModel
-from prepare import Tokenizer, dataset_folder, decoded_stream, first_token, load_meta, tokenizer_of
+from prepare import (
+    Tokenizer,
+    dataset_folder,
+    decoded_stream,
+    first_token,
+    load_meta,
+    quiet_hub,
+    tokenizer_facts,
+    tokenizer_of,
+)
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -65,13 +74,17 @@ class SampleConfig:
 def main(argv: list[str]) -> None:
     config = read(SampleConfig, argv)
     device = choose_device(config.device)
-    model, tokenizer = load(config.init_from or config.out_dir)
+    source = config.init_from or config.out_dir
+    model, checkpoint = open_model(source)
+    tokenizer = tokenizer_for(model, checkpoint, source)
+    if checkpoint:
+        put(f"{checkpoint_in(source)}, step {checkpoint['step']}\n", sys.stderr)
     if config.save_pretrained:
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
+    idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     model.to(device)
     if device.type == "cpu":
         pack(model)
-    idx = torch.from_numpy(prompt(config.start, tokenizer)).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(config.seed)
     stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)
     if config.num_samples == 1:  # appears as it is made
@@ -83,35 +96,54 @@ def main(argv: list[str]) -> None:
         print("\n---------------\n".join(tokenizer.decode(row) for row in rows))
 
 
-def prompt(start: str | None, tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids (T,) of the text to continue. Raises ConfigError for one that cannot be read."""
+def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
+    """Token ids (1, T) of what --start says. Raises ConfigError for a text that cannot be read or encoded."""
     if start is None:
-        return np.array([first_token(tokenizer)])
+        return torch.tensor([[first_token(tokenizer)]])
     try:
         if start.startswith("FILE:"):
-            start = Path(start.removeprefix("FILE:")).read_bytes().decode()
-        if not start:
-            raise ValueError("the model needs at least one token to continue, found an empty text")
-        return tokenizer.encode(start).astype(np.int64)
+            start = Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode()
+        return encoded(start.replace("\\n", "\n"), tokenizer)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--start: {error}") from None
 
 
-# Open a model
+def encoded(text: str, tokenizer: Tokenizer) -> Tensor:
+    """Token ids (1, T). Raises ValueError for an empty text and one outside the vocabulary."""
+    if not text:
+        raise ValueError("the model needs at least one token to continue, found an empty text")
+    return torch.from_numpy(tokenizer.encode(text).astype(np.int64))[None]
+
+
+# From Python
 
 
 def load(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
     """A trained model and its tokenizer, from what `open_model` takes. Raises UserError."""
     model, checkpoint = open_model(source)
+    return model, tokenizer_for(model, checkpoint, source)
+
+
+def write(model: LanguageModel, tokenizer: Tokenizer, text: str, max_new_tokens: int = 500, **choice: object) -> str:
+    """`text` and its continuation; `choice` goes on to `model.generate`. Raises ValueError for a wrong text."""
+    idx = encoded(text, tokenizer).to(next(model.parameters()).device)
+    return tokenizer.decode(model.generate(idx, max_new_tokens, **choice)[0].cpu().numpy())
+
+
+# Open a model
+
+
+def tokenizer_for(model: LanguageModel, checkpoint: dict, source: str | Path) -> Tokenizer:
+    """The tokenizer of what `open_model` has opened. Raises UserError for one that does not fit."""
     source = checkpoint_in(source) or source
     with explained(f"{source} has no usable tokenizer"):
         facts = checkpoint.get("tokenizer", {"tokenizer": "gpt2"})
         if not checkpoint and Path(source).exists():
-            facts = {"tokenizer": source, "json": (Path(source) / "tokenizer.json").read_text(encoding="utf-8")}
+            facts = tokenizer_facts(Path(source))
         tokenizer = tokenizer_of(facts)
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
-    return model, tokenizer
+    return tokenizer
 
 
 def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel, dict]:
@@ -122,6 +154,7 @@ def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel,
     """
     path = checkpoint_in(source)
     if path is None:
+        quiet_hub(needed=not Path(source).exists())
         with explained(f"cannot load {source}", "; a folder with its files needs no network"):
             return GPT.from_pretrained(source, dropout), {}
     with explained(f"{path} is not a usable checkpoint", RESTORE):

@@ -1,8 +1,8 @@
 """Train a GPT. Read `main` for the run from start to end, `train_step` for one step.
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
-(seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes bit for
-bit, one process and eight see the same batches, and losses can be compared.
+(seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes,
+from its last checkpoint, bit for bit, one process and eight see the same batches, and losses can be compared.
 
     python train.py                                          the reference model on Tiny Shakespeare
     python train.py config/shakespeare_char_cpu.py           a small one, two minutes on a laptop
@@ -29,14 +29,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError, UserError, explained, key, read, run, show, show_progress
+from config import ConfigError, UserError, explained, key, progress, read, run, show
 from model import CausalSelfAttention, GPTConfig, LanguageModel
 from prepare import Tokens, dataset_folder, first_token, locked, prepared, replacing, tokenizer_of
 from sample import MODELS, RESTORE, TOKENIZER, checkpoint_in, choose_device, open_model, structure
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-# Dense bfloat16 FLOP/s of the cards whose name contains this; from NVIDIA's data sheets.
+ELSEWHERE = {  # keys of nanoGPT and others, and what there is here
+    "lr": "it is --learning_rate",
+    "wandb_log": "--tensorboard=True draws curves",
+    "always_save_checkpoint": "every evaluation writes ckpt.pt",
+    "backend": "it is nccl on GPUs, gloo on CPUs",
+}
+# Dense bfloat16 FLOP/s of the cards whose name contains this, the first that fits; from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12}
 
 
@@ -44,7 +50,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H2
 class TrainConfig:
     """Train a GPT. The same command typed again resumes where the last one stopped."""
 
-    given = frozenset()  # the keys that a recipe or the command sets
+    given = frozenset()  # the keys that a recipe or the command sets, filled in by config.read
+    elsewhere = ELSEWHERE
 
     out_dir: str = key("out", "folder for checkpoints and log")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
@@ -100,7 +107,7 @@ class TrainConfig:
         self.model_config(vocab_size=1)
         if self.init_from not in STARTS:
             self.init_from = os.path.normpath(self.init_from)
-            if not self.path("ckpt.pt").exists():  # to resume, the pretrained weights are no longer needed
+            if not self.path("ckpt.pt").exists():  # a run that resumes needs its pretrained weights no more
                 checkpoint_in(self.init_from, STARTS)
 
     def path(self, name: str) -> Path:
@@ -138,21 +145,22 @@ def main(argv: list[str]) -> int | None:
         pending = []  # loss and gradient norm of each step since the last report: no step waits for the device
         with StopSignals() as signals:
             while state.step < config.max_iters and not config.eval_only:
-                if stop := process.agree_to_stop(signals.received):
+                stop, showing = process.largest(signals.received, process.rank == 0 and progress.due())
+                if stop:
                     if pending:
-                        checked(pending, state, config, process)  # only sound weights are saved
+                        latest(pending, state, config, process)  # refuses weights that are not finite
                     state.save("ckpt.pt", config, process)
                     break
                 pending.append(train_step(model, state, splits["train"], config, process))
                 state.step += 1
-                metrics = {}
                 evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
-                if evaluating or state.step % config.log_interval == 0 or state.step == 1:
-                    metrics |= log.progress(state.step, *checked(pending, state, config, process))
+                logging = evaluating or state.step % config.log_interval == 0 or state.step == 1
+                if logging or showing:
+                    metrics = log.measure(*latest(pending, state, config, process))
                     pending.clear()
                 if evaluating:
                     metrics |= evaluate_and_save(state, splits, config, process)
-                if metrics:
+                if logging:
                     log.write(state.step, metrics)
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another one still writes
@@ -160,8 +168,11 @@ def main(argv: list[str]) -> int | None:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
-    if not config.eval_only:
-        process.say(f"best validation loss {state.best_val_loss:.4f}; try python sample.py --out_dir={config.out_dir}")
+    if math.isfinite(state.best_val_loss) and not config.eval_only:
+        at = f" at step {state.best_step}" if state.best_step else ""
+        process.say(
+            f"best validation loss {state.best_val_loss:.4f}{at}; try python sample.py --out_dir={config.out_dir}"
+        )
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
@@ -187,7 +198,7 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     return torch.stack((total_loss, grad_norm))
 
 
-def checked(pending: list[Tensor], state: State, config: TrainConfig, process: Process) -> tuple[float, float]:
+def latest(pending: list[Tensor], state: State, config: TrainConfig, process: Process) -> tuple[float, float]:
     """Loss and gradient norm of the last step, over all processes. Raises UserError if any step's is not finite."""
     rows = (process.all_reduce(torch.stack(pending)) / process.world_size).tolist()
     for step, (loss, grad_norm) in enumerate(rows, state.step - len(rows) + 1):
@@ -245,20 +256,20 @@ def seed_from(*numbers: int) -> int:
 
 
 def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict:
-    """Evaluate; then write ckpt.pt, and best.pt if no validation loss after step 0 was lower. Returns the metrics."""
+    """Evaluate; write ckpt.pt and, at the lowest validation loss after step 0, best.pt. Returns the metrics."""
     n_tokens = len(splits["val"]) - 1
     if config.eval_iters:
         n_tokens = min(n_tokens, config.eval_iters * config.batch_size * config.block_size)
     train_loss, val_loss = (evaluate(state.model, split, n_tokens, config, process) for split in splits.values())
     process.say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     metrics = {"train_loss": train_loss, "val_loss": val_loss}
-    if splits["val"].n_bytes and n_tokens == len(splits["val"]) - 1:  # of the text: compares tokenizers of every kind
+    if splits["val"].n_bytes and n_tokens == len(splits["val"]) - 1:  # the whole split, whose bytes are known
         metrics["bits_per_byte"] = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
         process.say(f"step {state.step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
     if not math.isfinite(val_loss):
         raise diverged(f"validation loss is {val_loss}", state.step, config)
     if state.step > 0 and val_loss < state.best_val_loss:
-        state.best_val_loss = val_loss
+        state.best_val_loss, state.best_step = val_loss, state.step
         state.save("best.pt", config, process)
     state.save("ckpt.pt", config, process)
     return metrics
@@ -266,20 +277,22 @@ def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConf
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
-    """Mean loss, in nats a token, of predicting the first `n_tokens` tokens that follow another, block after block.
+    """Mean loss, in nats a token, of predicting tokens 1 to `n_tokens` of a split, in consecutive blocks.
 
-    The processes share the work. The model is not the compiled one, which other shapes would compile again.
+    The processes share the blocks. The model is the one that is not compiled: each new shape would compile anew.
     """
     n_tokens = min(n_tokens, len(tokens) - 1)
     length = config.block_size
-    rows = max(config.micro_batch_size(process.world_size), 8192 // length)  # of short blocks more at a time
+    rows = max(config.micro_batch_size(process.world_size), 8192 // length)  # many short blocks at a time
     starts = np.arange(0, n_tokens - length + 1, length)
     groups = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
     if rest := n_tokens % length:
         groups.append((np.array([n_tokens - rest]), rest))
     model.eval()
     total = 0.0
-    for group, length in groups[process.rank :: process.world_size]:
+    for at, (group, length) in enumerate(groups[process.rank :: process.world_size]):
+        if process.rank == 0:
+            progress.show(f"evaluating {tokens.path}: {at * process.world_size / len(groups):.0%}")
         with process.autocast():
             _, loss = model(*inputs_and_targets(tokens, group, length, process.device))
         total += loss.item() * len(group) * length
@@ -299,7 +312,8 @@ class State:
     scaler: torch.amp.GradScaler
     meta: dict  # meta.json of the dataset
     step: int = 0
-    best_val_loss: float = math.inf
+    best_val_loss: float = math.inf  # of the evaluations after step 0
+    best_step: int | None = None
 
     def save(self, name: str, config: TrainConfig, process: Process) -> None:
         """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir."""
@@ -311,6 +325,7 @@ class State:
             "model_config": asdict(self.model.config),
             "step": self.step,
             "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
             "config": asdict(config),
             "tokenizer": {name: self.meta[name] for name in TOKENIZER if name in self.meta},
             "sha256": self.meta.get("sha256"),
@@ -321,8 +336,8 @@ class State:
             torch.save(checkpoint, file)
 
     def restore(self, checkpoint: dict) -> None:
-        """Take over where the checkpoint was written, with this config's settings. Raises ValueError if it cannot."""
-        groups = self.optimizer.state_dict()["param_groups"]  # this config's, not the old one's
+        """Set optimizer, scaler and step to the checkpoint's. Raises ValueError where they do not fit the weights."""
+        groups = self.optimizer.state_dict()["param_groups"]  # hyperparameters are this config's
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
         expected = dict(enumerate(moments)) if checkpoint["step"] else {}
@@ -334,6 +349,7 @@ class State:
                 raise ValueError(f"its scaler is {short(checkpoint['scaler'])}")
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+        self.best_step = checkpoint.get("best_step")  # older ones have none
 
 
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
@@ -387,9 +403,9 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
 def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
     """Put the shape of the weights into `config`.
 
-    Raises ConfigError where a key that was given contradicts them, or where they are of other tokens or another text.
+    Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
-    resuming, advice = isinstance(source, Path), ""
+    resuming, advice = source == config.path("ckpt.pt"), ""
     if not resuming and "block_size" in config.given and config.block_size < model.config.block_size:
         model.crop(config.block_size)
     found = {"model": type(model).__name__.lower(), **asdict(model.config), **checkpoint.get("tokenizer", {})}
@@ -398,7 +414,8 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
     if resuming:
         if "optimizer" not in checkpoint:
             raise ConfigError(f"{source} has no optimizer state: use --init_from={source} and another --out_dir")
-        advice = f": take another --out_dir, to fine-tune it with --init_from={source}, or --init_from=scratch"
+        advice = f"; start a new run in another --out_dir, fine-tune there with --init_from={source}, or overwrite it "
+        advice += "with --init_from=scratch"
         found |= {"sha256": checkpoint.get("sha256"), "init_from": checkpoint["config"].get("init_from")}
         if config.init_from not in STARTS:
             wanted["init_from"] = config.init_from
@@ -445,17 +462,17 @@ class Process:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def all_reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """The sum over all processes, in place."""
+        """The sum over all processes, or what `op` says, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, op)
         return values
 
-    def agree_to_stop(self, number: int) -> int:
-        """The largest signal number that any process has received: all of them stop at the same step."""
-        return int(self.all_reduce(torch.tensor(number), dist.ReduceOp.MAX))  # on the CPU: need not wait for a GPU
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each over all processes, so that they decide alike; on the CPU: no GPU is waited for."""
+        return self.all_reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
 
     def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns in process 0, or the error that it raises there, in every process; the others wait."""
+        """Call `make` in process 0 and return its result in all of them, or raise its error in all of them."""
         made = [None]
         if self.rank == 0:
             try:
@@ -478,7 +495,7 @@ class Process:
 
 
 def join_processes(config: TrainConfig) -> Process:
-    """Take this process's place among those of torchrun. Raises ConfigError where batch or device do not allow it."""
+    """Join the processes that torchrun started. Raises ConfigError for a batch size or device that does not fit."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config.micro_batch_size(world_size)
     device = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -511,8 +528,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    # Without such instructions bfloat16 is emulated; and AVX-512's are slow in an Intel CPU (a Xeon of family 6, model
-    # 207, AMX hidden: half of float32's FLOP/s, a step of the small recipe takes 1.6 times as long), fast in an AMD.
+    # Without AMX or AVX-512 instructions for it, bfloat16 is emulated. On an Intel Xeon (family 6, model 207) with
+    # AVX-512's alone, a step of the small recipe takes 1.6 times as long as in float32; on an AMD EPYC it is faster.
     cpu = torch.cpu.get_capabilities()
     fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
@@ -532,7 +549,7 @@ def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Proces
 
 
 class StopSignals:
-    """Note the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal); the next one acts as by default."""
+    """Note the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal); a second one ends the program at once."""
 
     received = 0
 
@@ -564,7 +581,7 @@ class Log:
         self.config, self.state, self.process = config, state, process
         self.flops_per_token = flops_per_token(state.model, config.block_size)
         self.peak_flops = peak_flops(process)
-        self.pace = []  # seconds a step, report by report
+        self.pace = []  # seconds a step, one figure a report
         self.since_step, self.since = state.step, time.perf_counter()
         self.started = self.since
         self.path = self.board = None
@@ -586,12 +603,12 @@ class Log:
     def line(self, row: dict[str, object]) -> str:
         return ",".join(str(row.get(column, "")) for column in self.COLUMNS) + "\n"
 
-    def progress(self, step: int, loss: float, grad_norm: float) -> dict[str, float]:
-        """Show how far the run is, in one line of a terminal or one line each when piped; returns the metrics."""
-        config = self.config
+    def measure(self, loss: float, grad_norm: float) -> dict[str, float]:
+        """The metrics of the last step; shows how far the run is."""
+        step, config = self.state.step, self.config
         self.pace.append((time.perf_counter() - self.since) / (step - self.since_step))
         speed = config.batch_size * config.block_size / self.pace[-1]  # tokens a second
-        left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step warms up
+        left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step is slow
         lr = learning_rate(step - 1, config)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
         text = f"step {step}/{config.max_iters} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
@@ -600,14 +617,14 @@ class Log:
             metrics["mfu"] = self.flops_per_token * speed / self.peak_flops
             text += f"mfu {metrics['mfu']:.0%} | "
         if self.process.rank == 0:
-            show_progress(text + f"eta {clock(left)}")
-        if len(self.pace) == 2 and left > 3600 and self.process.device.type == "cpu":
+            progress.show(text + f"eta {clock(left)}")
+        if len(self.pace) == 4 and left > 3600 and self.process.device.type == "cpu":
             small = "python train.py config/shakespeare_char_cpu.py takes two minutes"
             self.process.say(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
         return metrics
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add the metrics of a step to log.csv and TensorBoard; speed is measured from here on."""
+        """Add the metrics of a step to log.csv and TensorBoard; what was done until now does not count as its speed."""
         if self.path:
             row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
             with open(self.path, "a") as file:
@@ -629,9 +646,9 @@ class Log:
 
 
 def rows_until(step: int, path: Path) -> list[dict[str, str]]:
-    """The rows of log.csv that a run resumed at `step` keeps; torn ones are dropped.
+    """The rows of log.csv that a run resumed at `step` keeps, none at step 0; damaged ones are dropped.
 
-    An older log has two rows for an evaluated step, and the batch's loss as train_loss: its rows are brought into form.
+    In older logs the batch's loss is called train_loss, and an evaluation has a row of its own: they are merged.
     """
     rows = {}
     for row in csv.DictReader(path.read_text(errors="replace").splitlines()) if step and path.exists() else ():

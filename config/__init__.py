@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from operator import ge, gt, le, lt
 from pathlib import Path
 from types import NoneType
@@ -33,7 +34,7 @@ MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True/Fa
 LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
 # What torch raises when something outside the program fails, and what to tell the user.
 BREAKDOWNS = {
-    "MemoryError|out of memory|allocate memory": "out of memory; try a smaller batch, model or context",
+    "MemoryError|out of memory|allocate memory|bad_alloc": "out of memory; try a smaller batch, model or context",
     "closed by peer|reset by peer|Broken pipe": "another process of this run has ended; "
     "--init_from=auto resumes from the last checkpoint",
 }
@@ -87,7 +88,9 @@ def read(schema: type[T], argv: list[str]) -> T:
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            raise ConfigError(f"unknown key {name}{did_you_mean(name.lstrip('-'), keys, '--')}; --help lists them all")
+            hint = getattr(schema, "elsewhere", {}).get(name.lstrip("-"))
+            hint = f": {hint}" if hint else did_you_mean(name.lstrip("-"), keys, "--")
+            raise ConfigError(f"unknown key {name}{hint}; --help lists them all")
         values |= recipe(word, keys)
     values |= {name: convert(text, keys[name], f"--{name}") for name, text in vars(options).items()}
     for field in dataclasses.fields(schema):
@@ -135,11 +138,12 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
 
     `_after = "NAME.py"` names the recipe beside it that it starts from.
     """
-    if not path.endswith(".py"):
-        raise ConfigError(f"{path} is neither --key=value nor a recipe (NAME.py)")
-    if not Path(path).is_file():
+    if not path.endswith(".py") or not Path(path).is_file():
         recipes = [file.as_posix() for file in Path("config").rglob("*.py") if file.name != "__init__.py"]
-        raise ConfigError(f"there is no recipe {path}{did_you_mean(path, recipes)}")
+        problem = f"{path} is neither --key=value nor a recipe (NAME.py)"
+        if path.endswith(".py"):
+            problem = f"there is no recipe {path}"
+        raise ConfigError(problem + did_you_mean(path, recipes))
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
@@ -155,7 +159,7 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
             own.add(statement.name)
     if unknown := names.keys() - own - keys.keys():
         name = min(unknown)
-        raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys)}")
+        raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys) or '; names of your own begin with _'}")
     values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
     if "_after" not in names:
         return values
@@ -173,11 +177,12 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if bool in allowed and text in BOOLS:
         return BOOLS[text]
     if isinstance(value, str) and (value in allowed or str in allowed):
-        return value
-    for number in {int, float}.intersection(allowed):
-        with suppress(ValueError):
-            if math.isfinite(number(text)):
-                return number(text)
+        return os.path.expanduser(value)
+    with suppress(ValueError, ArithmeticError):
+        if float in allowed and math.isfinite(float(text)):
+            return float(text)
+        if int in allowed and math.isfinite(float(text)) and (number := Decimal(text)) == int(number):  # 1e3 is whole
+            return int(number)
     raise ConfigError(f"{where} must be {describe(kind)}, found {value!r}")
 
 
@@ -199,9 +204,11 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a program; `main` returns its exit status, None for 0.
 
-    A user's mistake ends in one line on stderr, Ctrl-C in silence; only a bug shows its traceback.
+    A user's mistake and Ctrl-C end in one line on stderr; only a bug shows its traceback.
     """
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale, a model may write anything
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
     try:
         status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
@@ -209,6 +216,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + 13
     except KeyboardInterrupt:
+        say(UserError("interrupted; nothing that was saved is lost"))
         status = 128 + 2
     except (UserError, OSError) as error:
         status = say(error)
@@ -219,9 +227,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if not meanings:
             raise
         status = say(UserError(meanings[0]))
+    for stream in (sys.stdout, sys.stderr):
+        put("", stream)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort: 1 in 13 did
     sys.exit(status)
 
@@ -229,26 +237,42 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 def say(error: UserError | OSError) -> int:
     """Say it; returns the exit status. Under torchrun all processes of a machine meet a UserError: one says it."""
     if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
-        show(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", sys.stderr)
+        put(f"{ERASE_LINE * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {' '.join(str(error).split())}\n", sys.stderr)
     else:
         time.sleep(5)  # for torchrun ends all when the first one ends: that one must have spoken
     return getattr(error, "status", 1)
 
 
-def show(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Print in place of a progress line. A terminal that is gone does not end the program."""
-    try:
-        if sys.stderr.isatty():
-            print(ERASE_LINE, end="", file=sys.stderr, flush=True)
-        print(text, end=end, file=stream, flush=True)
-    except OSError:
-        for gone in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
-
-
-def show_progress(text: str) -> None:
-    """Print a line on stderr that the next one replaces on a terminal, where one that wraps could not be erased."""
+def show(text: str) -> None:
+    """Print a line on stdout, in place of a progress line."""
     if sys.stderr.isatty():
-        show(text[: shutil.get_terminal_size().columns - 1], sys.stderr, end="")
-    else:
-        show(text, sys.stderr)
+        put(ERASE_LINE, sys.stderr)
+    put(text + "\n", sys.stdout)
+
+
+class Progress:
+    """How far something is, on stderr: two lines a second that replace each other on a terminal, else one in 5 s."""
+
+    def __init__(self):
+        self.shown = -math.inf  # when the last one was
+
+    def due(self) -> bool:
+        return time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 5)
+
+    def show(self, text: str) -> None:
+        if self.due():
+            self.shown = time.monotonic()
+            if sys.stderr.isatty():  # a line that wraps could not be erased
+                put(ERASE_LINE + text[: shutil.get_terminal_size().columns - 1], sys.stderr)
+            else:
+                put(text + "\n", sys.stderr)
+
+
+progress = Progress()
+
+
+def put(text: str, stream: TextIO) -> None:
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError:  # the terminal is gone, or the disk is full: the program goes on without
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

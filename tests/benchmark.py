@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import cache, partial
@@ -122,8 +123,8 @@ def main() -> None:
         parser.error(f"--peer: there is no {options.peer / 'model.py'}")
     torch.manual_seed(0)
     prepared("shakespeare_char")
-    others = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with tempfile.TemporaryDirectory() as scratch, others:
+    others = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os.dup2, (2, 1))  # print to stderr
+    with tempfile.TemporaryDirectory() as scratch, others, redirect_stdout(sys.stderr):
         flops, bandwidth, limit = limits()
         bench = Bench(options.repeats, Path(scratch), flops, bandwidth, others)
         if options.peer:
@@ -133,7 +134,8 @@ def main() -> None:
             tell(f"{part}:")
             rows += PARTS[part](bench)
     print(
-        f"# Benchmark\n\n`python tests/benchmark.py {' '.join(sys.argv[1:])}` on {torch.get_num_threads()} threads of "
+        "# Benchmark\n\n`python tests/benchmark.py"
+        f"{' --peer=../nanoGPT' * bool(options.peer)} --only={options.only}` on {torch.get_num_threads()} threads of "
         f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}.\n\n{limit}\n\n"
         f"A figure is the median of {options.repeats} repeats, with the lowest and highest; `2x` is how many times as "
         "long the same work takes there.\n"

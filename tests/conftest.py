@@ -13,7 +13,8 @@ import train
 from prepare import PrepareConfig
 
 REPOSITORY = Path(__file__).parent.parent
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script started in the background would ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script ignores in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 WORDS = [
     "the",
     "king",
@@ -95,6 +96,10 @@ def command(program, *arguments, **settings):
     """Run a program as a user would, in the current folder."""
     argv = [sys.executable, str(REPOSITORY / program), *arguments]
     return subprocess.run(argv, capture_output=True, text=True, timeout=120, **settings)
+
+
+def without_progress(errors):
+    return re.sub(r"^(step \d+/|evaluating ).*\n", "", errors, flags=re.MULTILINE)
 
 
 def train_here(**changes):

@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import os
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import pytest
@@ -15,6 +17,8 @@ from train import TrainConfig
 @dataclasses.dataclass
 class Example:
     """What it is for."""
+
+    elsewhere = MappingProxyType({"small": "it is --size"})
 
     size: int = key(6, "how big")
     rate: float = key(0.5, "how fast, in % of the usual")
@@ -43,6 +47,10 @@ def recipe(text, name="recipe.py"):
         (["--size=1", "--size=2"], {"size": 2}),
         (["--rate=1e-3"], {"rate": 1e-3}),
         (["--rate=2"], {"rate": 2.0}),
+        (["--size=1e3"], {"size": 1000}),
+        (["--size=1_000"], {"size": 1000}),
+        (["--size=9223372036854775807"], {"size": 2**63 - 1}),
+        (["--name=~/a"], {"name": os.path.expanduser("~/a")}),
         (["--rate", "-1"], {"rate": -1.0}),
         (["--name=a=b"], {"name": "a=b"}),
         (["--name="], {"name": ""}),
@@ -97,7 +105,9 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["-size=7"], "unknown key -size, did you mean --size?; --help lists them all"),
         (["--size"], "--size: expected one argument"),
         (["--size=big"], "--size must be a whole number, found 'big'"),
-        (["--size=6.0"], "--size must be a whole number, found '6.0'"),
+        (["--size=6.5"], "--size must be a whole number, found '6.5'"),
+        (["--size=1e999999999"], "--size must be a whole number, found '1e999999999'"),
+        (["--size=nan"], "--size must be a whole number, found 'nan'"),
         (["--rate=fast"], "--rate must be a number, found 'fast'"),
         (["--on=yes"], "--on must be True/False, found 'yes'"),
         (["--limit=x"], "--limit must be a whole number or None, found 'x'"),
@@ -106,6 +116,12 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["--size=-1"], "size must be at least 0, found -1"),
         (["nothing.py"], "there is no recipe nothing.py"),
         (["config"], "config is neither --key=value nor a recipe (NAME.py)"),
+        (["--small=3"], "unknown key --small: it is --size; --help lists them all"),
+        (
+            ["config/lecture/1_bigram"],
+            "config/lecture/1_bigram is neither --key=value nor a recipe (NAME.py), did you mean "
+            "config/lecture/1_bigram.py?",
+        ),
         (["size=3"], "size=3 is neither --key=value nor a recipe (NAME.py)"),
         (["shakespeare_char.py"], "there is no recipe shakespeare_char.py, did you mean config/shakespeare_char.py?"),
     ],
@@ -130,7 +146,7 @@ def test_mistakes_in_the_command(folder, argv, message):
         ("size = 1\nrate = 1 / 0\n", "recipe.py, line 2: ZeroDivisionError: division by zero"),
         ("import nowhere", "recipe.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
         ("size = [6]", "recipe.py: size must be a whole number, found [6]"),
-        ("other = 5\nanother = 6", "recipe.py: unknown key another"),
+        ("other = 5\nanother = 6", "recipe.py: unknown key another; names of your own begin with _"),
         ("_after = 3", "recipe.py: _after must name another recipe beside it, found 3"),
         ("_after = 'recipe.py'", "recipe.py: _after must name another recipe beside it, found 'recipe.py'"),
     ],

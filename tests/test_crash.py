@@ -1,6 +1,8 @@
 """Whatever ends a run, the same command goes on as if nothing had happened."""
 
+import fcntl
 import os
+import pty
 import random
 import re
 import shutil
@@ -8,13 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+import termios
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, checkpoint, command, losses, rows, same, tiny, train_here
+from conftest import REPOSITORY, checkpoint, command, losses, rows, same, tiny, train_here, without_progress
 
+import prepare
 import train
 from config import UserError
 
@@ -37,19 +42,23 @@ def start(*arguments, program=(str(REPOSITORY / "train.py"),), **environment):
 
 
 def wait_for(running, text):
-    """Read the output up to a line with `text`, or, for "step N/", the progress; returns what was read."""
-    read, streams = "", [running.stdout, running.stderr]
-    if text.endswith("/"):
-        streams.reverse()
-    for line in streams[0]:
+    """Read the output up to a line with `text`; returns what was read."""
+    read = ""
+    for line in running.stdout:
         read += line
         if text in line:
             return read
-    raise AssertionError(f"no {text!r} in {read}{streams[1].read()}")
+    raise AssertionError(f"no {text!r} in {read}{running.stderr.read()}")
 
 
-def without_progress(errors):
-    return re.sub(r"^step \d+/.*\n", "", errors, flags=re.MULTILINE)
+def wait_for_step(running, step):
+    """Wait until out/log.csv has a row of this step or a later one."""
+    while running.poll() is None:
+        with suppress(OSError, ValueError, IndexError):
+            if int(rows()[-1]["step"]) >= step:
+                return
+        time.sleep(0.02)
+    raise AssertionError(running.stderr.read())
 
 
 def assert_same_end(one, other):
@@ -91,11 +100,11 @@ def test_what_a_killed_write_leaves_behind_disturbs_nobody(dataset):
 # Asked to stop
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(dataset, number, status):
     settings = tiny(max_iters=300, eval_interval=150, log_interval=7)
     with start(*settings) as running:
-        wait_for(running, "step 21/")
+        wait_for_step(running, 21)
         running.send_signal(number)
         out, errors = running.communicate(timeout=60)
     assert (running.returncode, without_progress(errors)) == (status, "")
@@ -104,6 +113,35 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(datas
     train.main(settings)
     train.main([*settings, "--out_dir=whole"])
     assert_same_end("out", "whole")
+
+
+def test_a_closed_terminal_leaves_a_checkpoint_before_anything_is_printed(dataset):
+    """The terminal's end of a pseudo-terminal is closed: the run gets SIGHUP, and every print fails."""
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(max_iters=10**6, eval_interval=10**6, log_interval=7)]
+    session = {"preexec_fn": lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0), "start_new_session": True}
+    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, text=True, **session) as running:
+        os.close(theirs)
+        wait_for_step(running, 21)
+        os.close(ours)
+        assert running.wait(60) == 129
+    assert checkpoint()["step"] >= 21
+
+
+def test_a_run_under_nohup_ignores_a_closed_terminal(dataset):
+    with start(*tiny(max_iters=150), program=("-c", NOHUP)) as running:
+        wait_for_step(running, 5)
+        running.send_signal(signal.SIGHUP)
+        running.communicate(timeout=60)
+    assert (running.returncode, checkpoint()["step"]) == (0, 150)
+
+
+NOHUP = """if True:
+    import signal, train
+    from config import run
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run(train.main)
+"""
 
 
 def test_a_second_signal_ends_the_run_at_once():
@@ -159,7 +197,7 @@ def start_two(*settings, **program):
 def test_a_signal_to_one_process_ends_all_of_them_at_the_same_step(dataset):
     settings = tiny(max_iters=10**6, eval_interval=10**6, log_interval=7)
     with start_two(*settings) as (first, second):
-        wait_for(first, "step 21/")
+        wait_for_step(first, 21)
         second.send_signal(signal.SIGTERM)
         out, _ = first.communicate(timeout=60)
         assert second.wait(60) == first.returncode == 143
@@ -168,7 +206,7 @@ def test_a_signal_to_one_process_ends_all_of_them_at_the_same_step(dataset):
 
 def test_when_one_process_is_killed_the_other_ends_with_one_line(dataset):
     with start_two(*tiny(max_iters=10**6, eval_interval=10**6, log_interval=7)) as (first, second):
-        wait_for(first, "step 21/")
+        wait_for_step(first, 21)
         second.kill()
         _, errors = first.communicate(timeout=60)
     assert first.returncode == 1
@@ -305,7 +343,7 @@ def test_on_a_read_only_disk_nothing_is_lost_either(dataset, small_disk):
 
 def test_a_folder_that_vanishes_is_one_line_and_status_1(dataset):
     with start(*tiny(max_iters=10**6, eval_interval=10**6)) as running:
-        wait_for(running, "step 10/")
+        wait_for_step(running, 10)
         os.rename("out", "gone")
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 1
@@ -313,6 +351,40 @@ def test_a_folder_that_vanishes_is_one_line_and_status_1(dataset):
 
 
 # Two runs
+
+
+@pytest.mark.parametrize("program", ["prepare.py", "train.py"])
+def test_two_at_once_on_one_dataset_both_end_well_and_the_files_are_right(folder, program):
+    folder = Path("data/shakespeare_char")
+    folder.mkdir(parents=True)
+    (folder / "input.txt").write_text("To be, or not to be. " * 20_000)
+    settings = [] if program == "prepare.py" else tiny(max_iters=1)
+    with ExitStack() as both:
+        running = [
+            both.enter_context(start(*settings, *own, program=(str(REPOSITORY / program),)))
+            for own in ([], [] if program == "prepare.py" else ["--out_dir=other"])
+        ]
+        outputs = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    prepared = "".join(out for out, _ in outputs).count("378,000 train tokens")
+    assert prepared == (2 if program == "prepare.py" else 1)  # prepare.py is told to, train.py finds it ready
+    assert sorted(os.listdir(folder)) == ["input.txt", "meta.json", "train.bin", "val.bin"]
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    prepare.main([])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+def test_who_waits_for_a_dataset_says_for_whom(folder):
+    path = Path("data/shakespeare_char/input.txt")
+    path.parent.mkdir(parents=True)
+    path.write_text("To be, or not to be. " * 500)
+    with ExitStack() as waiting:
+        with prepare.locked(path.with_name("lock")):
+            running = waiting.enter_context(start(program=(str(REPOSITORY / "prepare.py"),)))
+            line = f"{path.parent} is in use by another run, process {os.getpid()}: waiting for it\n"
+            assert running.stderr.readline() == line
+        assert running.wait(60) == 0
+    assert prepare.load_meta("shakespeare_char")["train_tokens"] == 9450
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(dataset):

@@ -117,7 +117,7 @@ def test_a_model_that_is_computed_otherwise_is_refused(folder, change, message):
 def test_another_architecture_is_refused(folder):
     transformers.LlamaConfig(vocab_size=21, hidden_size=32, num_hidden_layers=1).save_pretrained("llama")
     with pytest.raises(
-        UserError, match="cannot load llama \(ValueError: llama is not like GPT-2: its model_type is 'llama'"
+        UserError, match=r"cannot load llama \(ValueError: llama is not like GPT-2: its model_type is 'llama'"
     ):
         sample.open_model("llama")
 
@@ -225,8 +225,16 @@ def test_sampling_from_a_folder_of_transformers(gpt2_folder, capsys):
     expected = gpt2(**SHAPES[0]).generate(idx, max_new_tokens=10, do_sample=False)
     assert capsys.readouterr().out == tokenizer.decode(expected[0].numpy()) + "\n"
     Path("gpt2/tokenizer.json").unlink()
-    with pytest.raises(OSError, match=r"No such file or directory: 'gpt2/tokenizer.json'"):
+    with pytest.raises(ConfigError, match=r"^there is no tokenizer gpt2/tokenizer.json: take "):
         sample.main(["--init_from=gpt2"])
+
+
+def test_without_the_hub_one_line_says_so_at_once(folder):
+    """transformers alone tries five times, for 24 seconds, and says so each time."""
+    away = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder)}
+    ended = command("sample.py", "--init_from=gpt2", env=away)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert ended.stderr.startswith("sample.py: cannot load gpt2 (OSError: We couldn't connect to")
 
 
 def test_the_recipe_for_gpt2_starts_from_its_weights(gpt2_folder, capsys):

@@ -121,7 +121,8 @@ def test_val_fraction_moves_the_split(folder):
 
 
 TOKENIZERS = {"char": ["--tokenizer=char"], "bpe": ["--tokenizer=bpe", "--vocab_size=260"]}
-any_text = st.text(min_size=1) | st.text(" \n\tab\u0301.'s\u3000❤😀\r0", min_size=1)
+any_text = st.text(min_size=2) | st.text(" \n\tab\u0301.'s\u3000❤😀\r0", min_size=2)
+any_text = any_text.filter(lambda text: text[0] != "\ufeff")  # a byte-order mark
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -208,7 +209,7 @@ def test_a_tokenizer_that_loses_text_is_refused(folder):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "no file their.json"),
+        (None, "there is no tokenizer their.json"),
         ("{}", r"not usable \(Exception: "),
         ("not JSON", "Expecting value"),
         ('{"tokenizer": "char", "vocab_size": 3, "chars": "ab"}', "chars must be as many different characters"),
@@ -221,7 +222,7 @@ def test_a_tokenizer_json_that_cannot_be_used_is_named(folder, content, problem)
     elif content:
         Path("their.json").write_text(content)
     (folder / "my.txt").write_text("abc")
-    with pytest.raises(ConfigError, match=rf"^--tokenizer.*{problem}"):
+    with pytest.raises(ConfigError, match=rf"^(--tokenizer=their.json is .*)?{problem}"):
         prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=their.json"])
 
 
@@ -345,6 +346,58 @@ def test_a_text_that_ends_inside_a_character_is_refused(folder):
         prepare.main(["--dataset=mine", "--input=my.txt"])
 
 
+def test_a_byte_order_mark_is_no_character(folder):
+    (folder / "my.txt").write_bytes(b"\xef\xbb\xbf" + ("abc\ufeff" * 100).encode())
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert decoded("mine") == "abc\ufeff" * 100  # elsewhere it is one
+
+
+@pytest.mark.parametrize(("text", "argv"), [("a", []), ("abc" * 1000, ["--val_fraction=0.9999"])])
+def test_a_split_without_a_token_is_refused(folder, text, argv):
+    (folder / "my.txt").write_text(text)
+    with pytest.raises(UserError, match=r"^my.txt is too short for --val_fraction=0.\d+: a split has no token$"):
+        prepare.main(["--dataset=mine", "--input=my.txt", *argv])
+    assert files(folder) == []
+
+
+def test_a_split_too_short_for_every_recipe_is_said_at_once(folder, capsys):
+    for n, short in ((80, True), (90, False)):
+        (folder / "my.txt").write_text("a" * n)
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+        assert ("too short for every recipe here" in capsys.readouterr().out) == short
+
+
+def test_a_bpe_with_fewer_tokens_than_asked_for_says_so(folder, capsys):
+    (folder / "my.txt").write_text("abab " * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=bpe", "--vocab_size=1000"])
+    assert load_meta("mine")["vocab_size"] < 1000
+    assert "fewer tokens than --vocab_size=1000\n" in capsys.readouterr().out
+
+
+def test_tokens_without_meta_json_say_what_is_missing(folder):
+    (folder / "data/nano").mkdir(parents=True)
+    (folder / "data/nano/train.bin").write_bytes(bytes(100))
+    with pytest.raises(
+        ConfigError, match=r'^data/nano has tokens but no meta.json.*{"tokenizer": "gpt2", "vocab_size"'
+    ):
+        prepare.main(["--dataset=nano"])
+
+
+def test_the_folder_of_a_tokenizer_json_will_do(folder):
+    (folder / "hf").mkdir()
+    CharTokenizer("abc").to_library().save("hf/tokenizer.json")
+    (folder / "my.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=hf"])
+    assert decoded("mine") == "abc" * 100
+
+
+def test_a_home_folder_is_meant_by_a_tilde(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "my.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine", "--input=~/my.txt"])
+    assert decoded("mine") == "abc" * 100
+
+
 def test_an_empty_text_is_refused(folder):
     (folder / "my.txt").write_bytes(b"")
     with pytest.raises(UserError, match="is empty"):
@@ -391,6 +444,31 @@ def test_a_folder_with_meta_json_is_complete(folder, monkeypatch):
     assert "data/mine/meta.json" not in files(folder)
 
 
+@pytest.mark.parametrize("moment", range(4))
+def test_a_kill_never_leaves_tokens_of_one_text_beside_another(folder, monkeypatch, moment):
+    """Four files take their names, input.txt first: killed before each of them."""
+    (folder / "my.txt").write_text("abc" * 100)
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    (folder / "my.txt").write_text("cba" * 200)
+    names, replace = [], os.replace
+
+    def killed(beside, path):
+        if len(names) == moment:
+            raise KeyboardInterrupt
+        names.append(path.name)
+        replace(beside, path)
+
+    monkeypatch.setattr(prepare.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert names == ["input.txt", "val.bin", "train.bin"][:moment]
+    if moment == 0:
+        assert decoded("mine") == "abc" * 100
+    else:
+        assert not (folder / "data/mine/meta.json").exists()  # from input.txt it is prepared anew
+        assert (folder / "data/mine/input.txt").read_text() == "cba" * 200
+
+
 def test_the_folders_own_text_may_be_the_input(folder):
     (folder / "data/mine").mkdir(parents=True)
     (folder / "data/mine/input.txt").write_text("abc" * 100)
@@ -435,7 +513,8 @@ def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
         (["--val_fraction=0"], "val_fraction must be above 0 and below 1, found 0.0"),
         (["--val_fraction=1.5"], "val_fraction must be above 0 and below 1, found 1.5"),
         (["--val_fraction=nan"], "--val_fraction must be a number, found 'nan'"),
-        (["--tokenizer=morse"], "tokenizer must be char, bpe, gpt2 or a tokenizer.json, found 'morse'"),
+        (["--tokenizer=morse"], "there is no tokenizer morse: take char, bpe, gpt2, a tokenizer.json, its folder or"),
+        (["--tokenizer=config"], "there is no tokenizer config/tokenizer.json: take char, bpe, gpt2, a tokenizer.json"),
         (["--vocab_size=300"], "vocab_size is of --tokenizer=bpe, found --tokenizer=char"),
         (["--tokenizer=bpe", "--vocab_size=255"], "vocab_size must be at least 256 and at most 65536, found 255"),
         (["--input=a", "--url=b"], "give --input or --url, not both"),
@@ -467,6 +546,11 @@ def test_mistakes_in_the_command(folder, argv, message):
             "meta.json",
             lambda data: data.replace(b'"chars": "', b'"chars": "?'),
             "meta.json is damaged (ValueError: chars",
+        ),
+        (
+            "meta.json",
+            lambda data: data.replace(b'"chars": " ', b'"chars": "\\ud800'),
+            "meta.json is damaged (UnicodeEncodeError",
         ),
         (
             "meta.json",

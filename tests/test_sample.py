@@ -1,7 +1,9 @@
 import copy
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_all_samples_of_a_call_are_one_batch(trained, capsys, monkeypatch):
 
 def test_one_sample_appears_as_it_is_made(trained, capsys, monkeypatch):
     shown = []
-    monkeypatch.setattr("builtins.print", lambda *text, **_: shown.append("".join(text)))
+    monkeypatch.setattr("builtins.print", lambda *text, file=None, **_: file or shown.append("".join(text)))
     sample.main(["--start=the", "--max_new_tokens=5"])
     assert shown[:3] == ["t", "h", "e"]
     assert [len(text) for text in shown[3:]] == [1, 1, 1, 1, 1, 0]
@@ -101,6 +103,32 @@ def test_the_prompt_may_come_from_a_file_and_be_longer_than_the_context(trained,
     text = say(capsys, "--start=FILE:prompt.txt")
     assert text == say(capsys, "--start=the king and queen of this fair land")
     assert text.startswith("the king and queen of this fair land")
+
+
+def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):
+    Path("mine.txt").write_text("the king\n" * 500)
+    prepare.main(["--dataset=mine", "--input=mine.txt"])
+    train_here(dataset="mine", max_iters=1)
+    capsys.readouterr()
+    assert say(capsys, r"--start=the\nking").startswith("the\nking")
+
+
+def test_the_file_and_the_step_that_are_read_are_told_on_stderr(trained, capsys):
+    sample.main(["--max_new_tokens=1"])
+    assert capsys.readouterr().err == "out/best.pt, step 20\n"
+    Path("out/best.pt").unlink()
+    sample.main(["--max_new_tokens=1"])
+    assert capsys.readouterr().err == "out/ckpt.pt, step 20\n"
+
+
+def test_the_readmes_lines_of_python_write(trained, capsys):
+    [lines] = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert "from sample import load, write\n" in lines
+    lines = lines.replace("out/shakespeare_char_cpu", "out").replace("ROMEO:", "the king").replace("200", "40")
+    exec(lines)
+    text = capsys.readouterr().out
+    assert text.startswith("the king")
+    assert len(text) == len("the king") + 40 + 1
 
 
 def test_best_is_preferred_and_ckpt_will_do(trained, capsys):
@@ -178,7 +206,7 @@ def test_samples_alone_are_on_stdout(trained):
     ended = command("sample.py", "--start=the", "--max_new_tokens=10")
     assert ended.returncode == 0
     assert len(ended.stdout) == 14
-    assert ended.stderr == ""
+    assert ended.stderr == "out/best.pt, step 20\n"
 
 
 def test_a_tokenizer_that_is_not_supported_is_named(trained):
@@ -209,5 +237,5 @@ def test_any_character_can_be_printed_and_a_closed_pipe_is_quiet(folder):
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.read(1)
         running.stdout.close()
-        assert running.stderr.read() == b""
+        assert running.stderr.read() == b"out/best.pt, step 1\n"
         assert running.wait(60) == 141

@@ -2,7 +2,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, checkpoint, command, losses, rows, same, tiny, train_here
+from conftest import REPOSITORY, TINY, checkpoint, command, losses, rows, same, tiny, train_here, without_progress
 from tensorboard.backend.event_processing import event_accumulator
 
 import prepare
@@ -338,7 +340,8 @@ def test_eval_only_evaluates_and_writes_nothing(dataset, capsys):
 def test_checkpoints_have_the_promised_content(dataset):
     train_here()
     whole, best = checkpoint(), checkpoint("out/best.pt")
-    common = {"format", "model", "model_config", "step", "best_val_loss", "config", "tokenizer", "sha256"}
+    common = {"format", "model", "model_config", "step", "config", "tokenizer", "sha256"}
+    common |= {"best_val_loss", "best_step"}
     assert set(whole) == common | {"optimizer", "scaler"}
     assert set(best) == common
     assert whole["format"] == 1
@@ -453,6 +456,37 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(dataset, changes, dif
     assert same(checkpoint(), before)
 
 
+def test_another_text_under_a_running_model_is_refused(dataset, capsys):
+    """Of the same characters and the same length: only its sha256 tells."""
+    train_here()
+    before = checkpoint()
+    text = Path("data/shakespeare_char/input.txt").read_text()
+    Path("other.txt").write_text(text[::-1])
+    prepare.main(["--input=other.txt"])
+    with pytest.raises(ConfigError) as error:
+        train_here(max_iters=30)
+    assert re.fullmatch(
+        r"out/ckpt.pt holds another model or text than asked for \(sha256 '.*' -> '.*'\); .*another --out_dir.* "
+        r"--init_from=out/ckpt.pt.*",
+        str(error.value),
+    )
+    assert same(checkpoint(), before)
+    train_here(init_from="out/best.pt", out_dir="fine", max_iters=1)  # on purpose
+    Path("data/shakespeare_char/input.txt").write_text(text)
+    prepare.main([])
+    train_here(max_iters=30)
+    assert checkpoint()["step"] == 30
+
+
+def test_a_checkpoint_without_sha256_is_an_older_one_and_opens(dataset):
+    train_here()
+    content = checkpoint()
+    del content["sha256"]
+    torch.save(content, "out/ckpt.pt")
+    train_here(max_iters=30)
+    assert checkpoint()["sha256"] == load_meta("shakespeare_char")["sha256"]
+
+
 class Hostile:
     def __reduce__(self):
         return (open, ("code_was_run", "w"))
@@ -516,9 +550,9 @@ def test_an_infinite_gradient_stops_the_run_too(dataset):
     state = train.State(None, None, torch.amp.GradScaler("cpu", enabled=False), {}, step=5)
     figures = [torch.tensor([1.0, 1.0]), torch.tensor([1.0, math.inf]), torch.tensor([1.0, 1.0])]
     with pytest.raises(UserError, match="gradient norm inf at step 4"):
-        train.checked(figures, state, config(), ALONE)
+        train.latest(figures, state, config(), ALONE)
     state.scaler = torch.amp.GradScaler("cpu", enabled=True)  # float16: the scaler has skipped that step
-    assert train.checked(figures, state, config(), ALONE) == (1.0, 1.0)
+    assert train.latest(figures, state, config(), ALONE) == (1.0, 1.0)
 
 
 def test_weights_that_are_not_finite_are_never_saved(dataset, monkeypatch):
@@ -548,14 +582,22 @@ def test_max_iters_is_exactly_the_number_of_steps(dataset, monkeypatch):
     assert checkpoint()["step"] == 17
 
 
-def test_the_console_and_the_log_show_the_same_run(dataset, capsys):
+@pytest.fixture
+def always_due(monkeypatch):
+    """Progress is shown whenever it can be, not twice a second."""
+    monkeypatch.setattr(train.progress, "due", lambda: True)
+
+
+def test_the_console_and_the_log_show_the_same_run(dataset, capsys, always_due):
     train_here()
     captured = capsys.readouterr()
     lines = captured.out.splitlines() + captured.err.splitlines()
     number = r"\d+\.\d+"
     assert sum(bool(re.fullmatch(rf"step \d+: train loss {number}, val loss {number}", line)) for line in lines) == 3
     progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00"
-    assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 5
+    assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 20
+    for split in ("train", "val"):
+        assert f"evaluating data/shakespeare_char/{split}.bin: 0%" in lines
     header = (dataset.parent.parent / "out" / "log.csv").read_text().splitlines()[0]
     assert header == "step,seconds,loss,train_loss,val_loss,bits_per_byte,lr,grad_norm,tokens_per_second,mfu"
     assert [int(row["step"]) for row in rows()] == [0, 1, 5, 10, 15, 20]  # one row a step
@@ -576,22 +618,59 @@ def test_torn_and_damaged_rows_of_the_log_are_dropped(dataset):
     assert rows() == expected
 
 
-def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, capsys):
-    train_here(max_iters=2, log_interval=1)
-    assert "on this CPU" not in capsys.readouterr().out
-    settings = config(max_iters=10**9)
-    state = train.State(GPT(settings.model_config(5)), None, None, {})
-    Path("out").mkdir(exist_ok=True)
-    log = train.Log(settings, state, ALONE)
-    log.since -= 10  # seconds for the first step
-    log.write(1, log.progress(1, 2.0, 1.0))
-    assert "on this CPU" not in capsys.readouterr().out
-    log.since -= 10
-    log.progress(2, 2.0, 1.0)
-    assert (
-        capsys.readouterr().out.count("on this CPU; python train.py config/shakespeare_char_cpu.py takes two minutes")
-        == 1
+def test_an_older_log_is_brought_into_form(dataset):
+    """It had two rows for an evaluated step, and the batch's loss as train_loss."""
+    train_here(max_iters=10)
+    Path("out/log.csv").write_text(
+        "step,seconds,train_loss,val_loss,lr,grad_norm,tokens_per_second,mfu\n"
+        "0,0.1,3.1,3.2,,,,\n5,0.2,3.0,,0.001,1.5,1000,\n10,0.3,2.5,,0.001,1.5,1000,\n10,0.4,2.4,2.6,,,,\n"
+        "15,0.5,2.0,,0.001,1.5,1000,\n"
     )
+    train_here(max_iters=11, eval_interval=100)
+    names = ("step", "seconds", "loss", "train_loss", "val_loss", "lr")
+    assert [tuple(row[name] for name in names) for row in rows()[:-1]] == [
+        ("0", "0.1", "", "3.1", "3.2", ""),
+        ("5", "0.2", "3.0", "", "", "0.001"),
+        ("10", "0.4", "2.5", "2.4", "2.6", "0.001"),
+    ]
+    assert rows()[-1]["step"] == "11"
+
+
+def test_the_best_loss_is_told_with_its_step_also_after_a_resume(dataset, capsys):
+    train_here(max_iters=30, learning_rate=0.3, min_lr=0.3, weight_decay=0, eval_interval=5)  # wild on purpose
+    step, loss = checkpoint("out/best.pt")["step"], checkpoint("out/best.pt")["best_val_loss"]
+    told = f"best validation loss {loss:.4f} at step {step}; try python sample.py --out_dir=out\n"
+    assert step < 30
+    assert capsys.readouterr().out.endswith(told)
+    train_here(max_iters=30)
+    assert capsys.readouterr().out.endswith(told)
+    content = checkpoint()
+    del content["best_step"]  # an older checkpoint
+    torch.save(content, "out/ckpt.pt")
+    train_here(max_iters=30)
+    assert capsys.readouterr().out.endswith(f"best validation loss {loss:.4f}; try python sample.py --out_dir=out\n")
+
+
+def test_a_run_that_was_never_evaluated_after_step_0_names_no_best_loss(dataset, capsys, monkeypatch):
+    monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+    train_here()
+    train_here(eval_only=True)
+    assert "best validation loss" not in capsys.readouterr().out
+
+
+def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, capsys):
+    """By the median of the steps after the first, which is slower."""
+    train_here(max_iters=4, log_interval=1)
+    assert "on this CPU" not in capsys.readouterr().out
+    settings = config(max_iters=36_004)
+    state = train.State(GPT(settings.model_config(5)), None, None, {})
+    log = train.Log(settings, state, ALONE)
+    for seconds in (100, 1, 1, 20, 1):
+        state.step += 1
+        log.since -= seconds
+        log.write(state.step, log.measure(2.0, 1.0))
+    small = "python train.py config/shakespeare_char_cpu.py takes two minutes"
+    assert f"this will take about 10.0 hours on this CPU; {small}\n" == capsys.readouterr().out
 
 
 def shown(text):
@@ -602,15 +681,28 @@ def shown(text):
 def test_what_is_piped_on_has_no_progress_in_it(dataset):
     ended = command("train.py", *tiny())
     assert "/20 |" not in ended.stdout
-    assert [line.partition("/")[0] for line in ended.stderr.splitlines()] == [f"step {n}" for n in (1, 5, 10, 15, 20)]
+    assert ended.stderr.splitlines()[0] == "evaluating data/shakespeare_char/train.bin: 0%"  # said at once
+    assert ended.stderr.count("\n") < 5  # and then nothing for some seconds
 
 
-def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, monkeypatch):
+@pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.5), (False, 5)])
+def test_progress_is_shown_by_time(capsys, monkeypatch, terminal, seconds):
+    now = [100.0]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(train.progress, "shown", -math.inf)
+    for tick in range(200):
+        now[0] += 0.1
+        train.progress.show(f"tick {tick}")
+    assert capsys.readouterr().err.count("tick") == pytest.approx(20 / seconds, rel=0.2)
+
+
+def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, monkeypatch, always_due):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     train_here()
     captured = capsys.readouterr()
     assert "/20 |" not in captured.out
-    assert captured.err.count("/20 |") == 5
+    assert captured.err.count("/20 |") == 20
     assert [line for line in shown(captured.err) if line] == []
 
 
@@ -625,12 +717,13 @@ def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, mo
         ("Some Other Card", None),
     ],
 )
-def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monkeypatch, card, peak):
+def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monkeypatch, always_due, card, peak):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: card)
     process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
     settings = config()
     log = train.Log(settings, train.State(GPT(settings.model_config(5)), None, None, {}), process)
-    log.write(1, log.progress(1, 2.0, 1.0))
+    log.state.step = 1
+    log.write(1, log.measure(2.0, 1.0))
     [row] = rows()
     assert train.peak_flops(process) == peak
     assert ("| mfu " in capsys.readouterr().err) == (peak is not None)
@@ -804,6 +897,12 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
     ("arguments", "message"),
     [
         (["--lerning_rate=1"], "unknown key --lerning_rate, did you mean --learning_rate?; --help lists them all"),
+        (["--lr=1"], "unknown key --lr: it is --learning_rate; --help lists them all"),
+        (["--eval-iters=1"], "unknown key --eval-iters, did you mean --eval_iters?; --help lists them all"),
+        (["--wandb_log=True"], "unknown key --wandb_log: --tensorboard=True draws curves; --help lists them all"),
+        (["--always_save_checkpoint=False"],
+         "unknown key --always_save_checkpoint: every evaluation writes ckpt.pt; --help lists them all"),
+        (["--backend=gloo"], "unknown key --backend: it is nccl on GPUs, gloo on CPUs; --help lists them all"),
         (["--n_layer=two"], "--n_layer must be a whole number, found 'two'"),
         (["--n_head=5"], "n_embd (384) must be divisible by n_head (5)"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, found 1.0"),
@@ -849,6 +948,43 @@ def test_an_out_dir_that_is_a_file_is_one_line_and_status_1(dataset):
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("closed", "status"), [(">&-", 0), ("2>&-", 0), (">/dev/full", 0), ("2>/dev/full", 0)])
+def test_training_goes_on_without_the_terminal(dataset, closed, status):
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny()]
+    ended = subprocess.run(f"{shlex.join(argv)} {closed}", shell=True, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status
+    assert "Traceback" not in ended.stderr
+    assert checkpoint()["step"] == 20
+    ended = subprocess.run(f"{sys.executable} {REPOSITORY / 'sample.py'} {closed}", shell=True, capture_output=True)
+    assert ended.returncode == (1 if closed == ">/dev/full" else 0)
+    assert b"Traceback" not in ended.stderr
+
+
+def test_a_name_that_is_no_utf8_may_be_written_to(dataset):
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(), b"--out_dir=out\xff"]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, without_progress(ended.stderr)) == (0, "")
+    assert Path(os.fsdecode(b"out\xff/ckpt.pt")).exists()
+
+
+def test_too_little_memory_for_a_process_is_one_line(dataset):
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(n_embd=4096, n_layer=4)]
+    ended = subprocess.run(f"ulimit -v 3000000; {shlex.join(argv)}", shell=True, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert without_progress(ended.stderr) == "train.py: out of memory; try a smaller batch, model or context\n"
+
+
+def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_is_lost(dataset):
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(n_embd=512, n_layer=8, eval_iters=0)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr.readline() == "evaluating data/shakespeare_char/train.bin: 0%\n"
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors == "train.py: interrupted; nothing that was saved is lost\n"
+    assert not Path("out/ckpt.pt").exists()
+
+
 def test_ctrl_c_is_quiet_and_status_130(dataset):
     argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(max_iters=10**6)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
@@ -857,4 +993,4 @@ def test_ctrl_c_is_quiet_and_status_130(dataset):
         running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert all(re.match(r"step \d+/", line) for line in errors.splitlines())
+    assert all(re.match(r"step \d+/|evaluating ", line) for line in errors.splitlines())
