@@ -1,8 +1,7 @@
 """The network: a GPT, and the bigram table that it grows out of. Token ids in, logits out.
 
 This file knows nothing of text, files or training, and needs torch alone, so it can be copied into any project. It
-reads from the parts to the whole: attention, feed-forward, block; what all language models share, generating included;
-GPT and Bigram.
+goes from the parts to the whole: attention, feed-forward, block; what all language models share; GPT and Bigram.
 
 Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 """
@@ -36,8 +35,7 @@ class GPTConfig:
     layer_norm: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            least = int(name != "n_layer")
+        for name, least in (("vocab_size", 1), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
         if self.n_embd % self.n_head:
@@ -89,15 +87,15 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if not p or x.device.type != "cpu":
         return F.dropout(x, p)
-    chance = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-    chance = chance.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * (chance >= round(p * 2**16) - 2**15).to(x.dtype) / (1 - p)
+    random_bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+    random_bits = random_bits.view(torch.int16)[: x.numel()].view(x.shape)
+    return x * (random_bits >= round(p * 2**16) - 2**15).to(x.dtype) / (1 - p)
 
 
 class CausalSelfAttention(nn.Module):
     """Tokens exchange information: each gathers, by its own question, from those before it (Vaswani et al., 2017).
 
-    Multi-head: n_head such exchanges go on side by side, each in channels of its own, each about something else.
+    Multi-head: n_head heads attend in parallel, each in its own channels, each to something else.
     """
 
     def __init__(self, config: GPTConfig):
@@ -156,7 +154,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         p = self.dropout * self.training
-        # Residual: x goes on beside what is added to it. Pre-norm: what a part reads is normalized, not x itself.
+        # Residual: x is kept, a part's output is added. Pre-norm: what a part reads is normalized, not x itself.
         x = (x if self.residual else 0) + dropout(self.attn(self.ln_1(x), cache), p)
         if self.mlp is not None:
             x = (x if self.residual else 0) + dropout(self.mlp(self.ln_2(x)), p)
@@ -164,7 +162,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What GPT and Bigram share: the loss, and writing. A subclass has `read`, `lm_head` and `config`."""
+    """What GPT and Bigram share: the loss, and writing. A subclass has `hidden`, `lm_head` and `config`."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Predict every next token.
@@ -173,7 +171,7 @@ class LanguageModel(nn.Module):
         that every position is an exercise. Returns the logits (B, T, vocab_size) and the mean cross-entropy in nats
         per token, or None without targets.
         """
-        logits = self.lm_head(self.read(idx))
+        logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -219,10 +217,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, stride: int | None = None, *choice: object) -> Iterator[Tensor]:
-        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` goes on to `sample_token`."""
+        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` is passed to `sample_token`."""
         if not idx.size(1):
             raise ValueError("there must be at least one token to continue")
         block_size = self.config.block_size
+        n_attentions = sum(isinstance(module, CausalSelfAttention) for module in self.modules())
         stride = max(1, block_size // 4) if stride is None else stride
         if not 1 <= stride <= block_size:
             raise ValueError(f"stride must be from 1 to block_size ({block_size}), found {stride}")
@@ -234,8 +233,8 @@ class LanguageModel(nn.Module):
                 if window.size(1) > block_size:
                     window, caches = window[:, stride:], None
                 if caches is None:
-                    unread, caches = window, [KVCache(block_size) for _ in range(self.config.n_layer)]
-                x = self.read(unread, window.size(1) - unread.size(1), caches)
+                    unread, caches = window, [KVCache(block_size) for _ in range(n_attentions)]
+                x = self.hidden(unread, window.size(1) - unread.size(1), caches)
                 unread = sample_token(self.lm_head(x[:, -1]), *choice)
                 window = torch.cat((window, unread), dim=1)
                 yield unread
@@ -244,13 +243,9 @@ class LanguageModel(nn.Module):
 
 
 def sample_token(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw one token (B, 1) from each row of logits (B, vocab_size)."""
+    """Draw one token (B, 1) from each row of logits (B, vocab_size), as `generate` says."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     vocab_size = logits.size(-1)
@@ -280,7 +275,7 @@ class GPT(LanguageModel):
         self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
         self.initialize()
 
-    def read(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
         """Token ids (B, T) at positions start ... start + T - 1 -> what the model makes of them (B, T, C)."""
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -297,9 +292,8 @@ class GPT(LanguageModel):
         if block_size > self.config.block_size:
             raise ValueError(f"block_size ({block_size}) is more than the model's ({self.config.block_size})")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].clone(), freeze=False
-        )
+        positions = self.transformer.wpe.weight[:block_size].clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> GPT:
@@ -316,7 +310,7 @@ class GPT(LanguageModel):
         if theirs.n_inner not in (None, 4 * theirs.n_embd):
             raise ValueError(f"{name_or_folder} is not like GPT-2: its n_inner is {theirs.n_inner}, not 4 n_embd")
         pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
-        if report["missing_keys"] or report["mismatched_keys"]:  # which transformers makes up
+        if report["missing_keys"] or report["mismatched_keys"]:  # which transformers initializes at random
             raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
         model = cls(GPTConfig(*sizes, dropout))
@@ -348,7 +342,7 @@ class GPT(LanguageModel):
         theirs.config.save_pretrained(folder)
 
 
-# What a GPT-2 of Hugging Face may be set to, where it is the model above.
+# The values in a config.json that the model above computes.
 GPT2 = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -361,7 +355,7 @@ GPT2 = {
 
 
 def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights between here and there: blocks of theirs multiply by W, those above by the transpose of W."""
+    """Between GPT-2's Conv1D, which stores its weight as (in, out), and nn.Linear, which stores it as (out, in)."""
     return {name: w.T if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}
 
 
@@ -374,5 +368,5 @@ class Bigram(LanguageModel):
         self.lm_head = nn.Embedding(config.vocab_size, config.vocab_size)
         self.initialize()
 
-    def read(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
         return idx

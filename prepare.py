@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -73,7 +73,7 @@ class PrepareConfig:
         if self.tokenizer not in ("char", "bpe", "gpt2"):
             tokenizer_facts(Path(self.tokenizer))
         if self.vocab_size and self.tokenizer != "bpe":
-            raise ValueError(f"vocab_size is of --tokenizer=bpe, found --tokenizer={self.tokenizer}")
+            raise ValueError(f"vocab_size needs --tokenizer=bpe, found --tokenizer={self.tokenizer}")
         if self.input and self.url:
             raise ValueError("give --input or --url, not both: a dataset is one text")
 
@@ -82,14 +82,14 @@ def main(argv: list[str]) -> None:
     prepare(read(PrepareConfig, argv))
 
 
-def prepare(config: PrepareConfig, again: bool = True) -> None:
-    """Write the dataset, or leave a complete one alone unless it is wanted `again`.
+def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
+    """Write the dataset; unless `overwrite`, leave a complete one alone.
 
     Another process that prepares the same dataset waits. meta.json comes last: a folder that has one is complete.
     """
     folder = dataset_folder(config.dataset)
     with locked(folder / "lock", wait=True):
-        if (folder / "meta.json").exists() and not again:
+        if (folder / "meta.json").exists() and not overwrite:
             return
         text, source = fetch(config, folder / "input.txt")
         counts = count_characters(text)
@@ -109,7 +109,7 @@ def prepare(config: PrepareConfig, again: bool = True) -> None:
 def prepared(dataset: str) -> dict:
     """meta.json of the dataset, which is prepared first where it is missing."""
     if not (dataset_folder(dataset) / "meta.json").exists():
-        prepare(PrepareConfig(dataset=dataset), again=False)
+        prepare(PrepareConfig(dataset=dataset), overwrite=False)
     return load_meta(dataset)
 
 
@@ -280,7 +280,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of the folder of `path` until the block ends: they wait, or get a UserError.
 
-    The OS releases the lock when the process exits, even after SIGKILL.
+    The OS releases the lock when the process exits, even after SIGKILL; the file stays, for who removes it may remove
+    the next owner's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -296,18 +297,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
-        if not os.fstat(file.fileno()).st_nlink:  # its owner has removed it: another may own a new one
-            with locked(path, wait):
-                yield
-            return
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                path.unlink()
-                path.parent.rmdir()  # the folder of a run that was refused is empty
+        yield
 
 
 # The tokens

@@ -1,4 +1,4 @@
-"""Open a trained model and write with it: a checkpoint and a prompt in, text out.
+"""Generate text with a trained model: a checkpoint and a prompt in, text out.
 
 Reads the model's folder and nothing else: a checkpoint carries its tokenizer. train.py, too, opens models by
 `open_model`.
@@ -41,8 +41,13 @@ from prepare import (
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TOKENIZER = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json says of it, and a checkpoint too
-RESTORE = "; restore it from a copy, or start over in another --out_dir"
+TOKENIZER = (
+    "tokenizer",
+    "vocab_size",
+    "chars",
+    "json",
+)  # keys of meta.json that describe it; a checkpoint has them too
+RESTORE = "; restore it from a copy, or train anew in another --out_dir; of a Hugging Face model, name the folder"
 
 
 @dataclass
@@ -109,10 +114,11 @@ def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
 
 
 def encoded(text: str, tokenizer: Tokenizer) -> Tensor:
-    """Token ids (1, T). Raises ValueError for an empty text and one outside the vocabulary."""
-    if not text:
+    """Token ids (1, T). Raises ValueError for a text without tokens and one outside the vocabulary."""
+    ids = tokenizer.encode(text)
+    if not len(ids):
         raise ValueError("the model needs at least one token to continue, found an empty text")
-    return torch.from_numpy(tokenizer.encode(text).astype(np.int64))[None]
+    return torch.from_numpy(ids.astype(np.int64))[None]
 
 
 # From Python
@@ -125,7 +131,7 @@ def load(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
 
 
 def write(model: LanguageModel, tokenizer: Tokenizer, text: str, max_new_tokens: int = 500, **choice: object) -> str:
-    """`text` and its continuation; `choice` goes on to `model.generate`. Raises ValueError for a wrong text."""
+    """`text` and its continuation; `choice` is passed to `model.generate`. Raises ValueError for a wrong text."""
     idx = encoded(text, tokenizer).to(next(model.parameters()).device)
     return tokenizer.decode(model.generate(idx, max_new_tokens, **choice)[0].cpu().numpy())
 

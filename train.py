@@ -11,7 +11,6 @@ from its last checkpoint, bit for bit, one process and eight see the same batche
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import signal
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ConfigError, UserError, explained, key, progress, read, run, show
-from model import CausalSelfAttention, GPTConfig, LanguageModel
+from model import GPT, CausalSelfAttention, GPTConfig, LanguageModel
 from prepare import Tokens, dataset_folder, first_token, locked, prepared, replacing, tokenizer_of
 from sample import MODELS, RESTORE, TOKENIZER, checkpoint_in, choose_device, open_model, structure
 
@@ -121,9 +120,8 @@ class TrainConfig:
         """Sequences that one process reads at a time. Raises ConfigError when the batch cannot be divided."""
         rows, rest = divmod(self.batch_size, world_size * self.gradient_accumulation_steps)
         if rest:
-            steps = f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
-            shares = f"the number of processes ({world_size}) x {steps}"
-            raise ConfigError(f"batch_size ({self.batch_size}) must be divisible by {shares}")
+            shares = f"processes ({world_size}) x gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            raise ConfigError(f"batch_size ({self.batch_size}) must be divisible by the number of {shares}")
         return rows
 
 
@@ -140,39 +138,39 @@ def main(argv: list[str]) -> int | None:
         model = parallel_and_compiled(state.model, config, process)
         log = Log(config, state, process)
         if state.step == 0 or config.eval_only:
-            log.write(state.step, evaluate_and_save(state, splits, config, process))
-        stop = 0  # or the signal that asked for it
+            log.write(state.step, evaluation(state, splits, config, process))
+            state.save("ckpt.pt", config, process)
         pending = []  # loss and gradient norm of each step since the last report: no step waits for the device
         with StopSignals() as signals:
-            while state.step < config.max_iters and not config.eval_only:
-                stop, showing = process.largest(signals.received, process.rank == 0 and progress.due())
-                if stop:
-                    if pending:
-                        latest(pending, state, config, process)  # refuses weights that are not finite
-                    state.save("ckpt.pt", config, process)
-                    break
+            stop = config.eval_only or process.largest(signals.received)[0]  # the number of the signal
+            while state.step < config.max_iters and not stop:
                 pending.append(train_step(model, state, splits["train"], config, process))
                 state.step += 1
+                stop, showing = process.largest(signals.received, process.rank == 0 and progress.due())
                 evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
                 logging = evaluating or state.step % config.log_interval == 0 or state.step == 1
-                if logging or showing:
-                    metrics = log.measure(*latest(pending, state, config, process))
+                if stop or logging or showing:
+                    loss, grad_norm = latest(pending, state, config, process)  # raises where one is not finite
                     pending.clear()
+                if stop:  # before anything is printed
+                    state.save("ckpt.pt", config, process)
+                if logging or showing:
+                    metrics = log.measure(loss, grad_norm)
                 if evaluating:
-                    metrics |= evaluate_and_save(state, splits, config, process)
+                    metrics |= evaluation(state, splits, config, process)
                 if logging:
                     log.write(state.step, metrics)
+                if evaluating:  # after the log: a killed run drops rows past its checkpoint, and misses none
+                    state.save("ckpt.pt", config, process)
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another one still writes
-    if stop:
+    if stop and not config.eval_only:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
     if math.isfinite(state.best_val_loss) and not config.eval_only:
-        at = f" at step {state.best_step}" if state.best_step else ""
-        process.say(
-            f"best validation loss {state.best_val_loss:.4f}{at}; try python sample.py --out_dir={config.out_dir}"
-        )
+        best = f"{state.best_val_loss:.4f}" + (f" at step {state.best_step}" if state.best_step else "")
+        process.say(f"best validation loss {best}; try python sample.py --out_dir={config.out_dir}")
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
@@ -183,7 +181,8 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     total_loss = torch.zeros((), device=process.device)
     for micro_step in range(micro_steps):
         x, y = batch(tokens, state.step, micro_step, config, process)
-        torch.manual_seed(seed_from(config.seed, state.step, process.rank, micro_step))  # of dropout
+        seeds = np.random.SeedSequence((config.seed, state.step, process.rank, micro_step))  # of dropout
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         # Gradients are all-reduced once, in the backward pass of the last micro-batch.
         with model.no_sync() if process.world_size > 1 and micro_step < micro_steps - 1 else nullcontext():
             with process.autocast():
@@ -247,16 +246,11 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
     return rows[:, :-1], rows[:, 1:]
 
 
-def seed_from(*numbers: int) -> int:
-    """One seed out of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 # Evaluation
 
 
-def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict:
-    """Evaluate; write ckpt.pt and, at the lowest validation loss after step 0, best.pt. Returns the metrics."""
+def evaluation(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
+    """The metrics of an evaluation; best.pt is written where the validation loss is the lowest after step 0."""
     n_tokens = len(splits["val"]) - 1
     if config.eval_iters:
         n_tokens = min(n_tokens, config.eval_iters * config.batch_size * config.block_size)
@@ -271,7 +265,6 @@ def evaluate_and_save(state: State, splits: dict[str, Tokens], config: TrainConf
     if state.step > 0 and val_loss < state.best_val_loss:
         state.best_val_loss, state.best_step = val_loss, state.step
         state.save("best.pt", config, process)
-    state.save("ckpt.pt", config, process)
     return metrics
 
 
@@ -329,6 +322,7 @@ class State:
             "config": asdict(config),
             "tokenizer": {name: self.meta[name] for name in TOKENIZER if name in self.meta},
             "sha256": self.meta.get("sha256"),
+            "train_tokens": self.meta.get("train_tokens"),
         }
         if name == "ckpt.pt":
             checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -406,9 +400,10 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
     Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
     resuming, advice = source == config.path("ckpt.pt"), ""
-    if not resuming and "block_size" in config.given and config.block_size < model.config.block_size:
+    crop = "block_size" in config.given and config.block_size < model.config.block_size
+    if crop and isinstance(model, GPT) and not resuming:
         model.crop(config.block_size)
-    found = {"model": type(model).__name__.lower(), **asdict(model.config), **checkpoint.get("tokenizer", {})}
+    found = {**checkpoint.get("tokenizer", {}), **asdict(model.config), "model": type(model).__name__.lower()}
     wanted = {name: getattr(config, name) for name in SHAPE if name in config.given}
     wanted |= {name: meta[name] for name in ("vocab_size", "chars", "json") if name in meta and name in found}
     if resuming:
@@ -416,13 +411,14 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
             raise ConfigError(f"{source} has no optimizer state: use --init_from={source} and another --out_dir")
         advice = f"; start a new run in another --out_dir, fine-tune there with --init_from={source}, or overwrite it "
         advice += "with --init_from=scratch"
-        found |= {"sha256": checkpoint.get("sha256"), "init_from": checkpoint["config"].get("init_from")}
+        found |= {"init_from": checkpoint["config"].get("init_from")}
         if config.init_from not in STARTS:
             wanted["init_from"] = config.init_from
         elif found["init_from"] not in STARTS:
             config.init_from = found["init_from"]
-        if found["sha256"] and "sha256" in meta:
-            wanted["sha256"] = meta["sha256"]
+        for name in ("sha256", "train_tokens"):  # the text and where it is split, unknown to older checkpoints
+            if checkpoint.get(name) and name in meta:
+                found[name], wanted[name] = checkpoint[name], meta[name]
     if differences := changes(found, wanted):
         raise ConfigError(f"{source} holds another model or text than asked for ({differences}){advice}")
     for name in SHAPE:
@@ -549,7 +545,10 @@ def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Proces
 
 
 class StopSignals:
-    """Note the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal); a second one ends the program at once."""
+    """Note SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal), so that the run stops after its step.
+
+    A second Ctrl-C ends the program at once. The others may come twice: kernel and shell both send SIGHUP.
+    """
 
     received = 0
 
@@ -560,8 +559,9 @@ class StopSignals:
         return self
 
     def note(self, number: int, _frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = number
-        self.__exit__()
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
@@ -584,7 +584,7 @@ class Log:
         self.pace = []  # seconds a step, one figure a report
         self.since_step, self.since = state.step, time.perf_counter()
         self.started = self.since
-        self.path = self.board = None
+        self.path = self.writer = None
         if process.rank or config.eval_only:
             return
         self.path = config.path("log.csv")
@@ -597,8 +597,8 @@ class Log:
 
             with explained(f"data/{config.dataset}/meta.json has no usable tokenizer"):
                 self.tokenizer = tokenizer_of(state.meta)
-            # Hides what an older run did after this step.
-            self.board = SummaryWriter(config.out_dir, purge_step=state.step + 1 if state.step else 0)
+            # Drops events after this step.
+            self.writer = SummaryWriter(config.out_dir, purge_step=state.step + 1 if state.step else 0)
 
     def line(self, row: dict[str, object]) -> str:
         return ",".join(str(row.get(column, "")) for column in self.COLUMNS) + "\n"
@@ -629,12 +629,12 @@ class Log:
             row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
             with open(self.path, "a") as file:
                 file.write(self.line(row | {name: f"{value:.7g}" for name, value in metrics.items()}))
-        if self.board:
+        if self.writer:
             for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, step)
             if "val_loss" in metrics:  # indented, it is shown as it is, not as Markdown
-                self.board.add_text("sample", "    " + self.sample().replace("\n", "\n    "), step)
-            self.board.flush()
+                self.writer.add_text("sample", "    " + self.sample().replace("\n", "\n    "), step)
+            self.writer.flush()
         self.since, self.since_step = time.perf_counter(), step
 
     def sample(self) -> str:
@@ -651,9 +651,11 @@ def rows_until(step: int, path: Path) -> list[dict[str, str]]:
     In older logs the batch's loss is called train_loss, and an evaluation has a row of its own: they are merged.
     """
     rows = {}
-    for row in csv.DictReader(path.read_text(errors="replace").splitlines()) if step and path.exists() else ():
-        with suppress(KeyError, TypeError, ValueError):
-            if int(row["step"]) <= step and float(row["seconds"]) >= 0 and None not in row.values():
+    header, *lines = path.read_text(errors="replace").splitlines() if step and path.exists() else [""]
+    for line in lines:
+        with suppress(KeyError, ValueError):
+            row = dict(zip(header.split(","), line.split(","), strict=True))
+            if int(row["step"]) <= step and float(row["seconds"]) >= 0:
                 if "loss" not in row and row["lr"]:
                     row["loss"] = row.pop("train_loss")
                 rows.setdefault(int(row["step"]), {}).update({name: value for name, value in row.items() if value})

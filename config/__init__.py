@@ -30,12 +30,13 @@ from typing import Any, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 T = TypeVar("T")
 
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-MEANING = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
+OUT_OF_MEMORY = "MemoryError|out of memory|allocate memory|bad_alloc"
 # What torch raises when something outside the program fails, and what to tell the user.
 BREAKDOWNS = {
-    "MemoryError|out of memory|allocate memory|bad_alloc": "out of memory; try a smaller batch, model or context",
-    "closed by peer|reset by peer|Broken pipe": "another process of this run has ended; "
+    OUT_OF_MEMORY: "out of memory; try a smaller batch, model or context",
+    "closed by peer|reset by peer|Broken pipe|Timed out waiting": "another process of this run has ended; "
     "--init_from=auto resumes from the last checkpoint",
 }
 ERASE_LINE = "\r\033[K"
@@ -55,7 +56,7 @@ class ConfigError(UserError):
 
 @contextmanager
 def explained(what: str, advice: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn any exception that an untrusted file raises into one line: what (its class: its message)advice.
+    """Turn any exception that an untrusted file raises into one line: {what} ({class}: {message}){advice}.
 
     A UserError, a system error (which names its file), a missing package and a lack of memory pass as they are.
     """
@@ -64,7 +65,7 @@ def explained(what: str, advice: str = "", kind: type[UserError] = UserError) ->
     except (UserError, ModuleNotFoundError, MemoryError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # a panic of tokenizers' Rust is no Exception
-        if isinstance(error, OSError) and error.errno:
+        if getattr(error, "errno", None) or re.search(OUT_OF_MEMORY, str(error)):
             raise
         reason = next(iter(str(error).splitlines()), "")
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run the code
@@ -192,7 +193,7 @@ def options(kind: Any) -> list:
 
 
 def describe(kind: Any) -> str:
-    *most, last = (MEANING.get(option, option) for option in options(kind))
+    *most, last = (TYPE_NAMES.get(option, option) for option in options(kind))
     return f"{', '.join(most)} or {last}" if most else last
 
 
@@ -235,11 +236,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def say(error: UserError | OSError) -> int:
-    """Say it; returns the exit status. Under torchrun all processes of a machine meet a UserError: one says it."""
+    """Print the error, a UserError once per machine, for all its processes meet it; returns the exit status."""
     if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
         put(f"{ERASE_LINE * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {' '.join(str(error).split())}\n", sys.stderr)
     else:
-        time.sleep(5)  # for torchrun ends all when the first one ends: that one must have spoken
+        time.sleep(5)  # torchrun kills all when the first exits: let the one that prints be first
     return getattr(error, "status", 1)
 
 

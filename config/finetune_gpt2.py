@@ -1,4 +1,4 @@
-# Go on with GPT-2 (124M parameters, downloaded once from the Hugging Face hub) on Tiny Shakespeare in its tokens.
+# Fine-tune GPT-2 (124M parameters, downloaded once from the Hugging Face hub) on Tiny Shakespeare in its tokens.
 # Needs pip install transformers. Not measured yet.
 dataset = "shakespeare_gpt2"
 out_dir = "out/finetune_gpt2"

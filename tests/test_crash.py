@@ -128,6 +128,15 @@ def test_a_closed_terminal_leaves_a_checkpoint_before_anything_is_printed(datase
     assert checkpoint()["step"] >= 21
 
 
+def test_a_closing_terminal_may_send_its_signal_twice():
+    before = signal.getsignal(signal.SIGHUP)
+    with train.StopSignals() as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
 def test_a_run_under_nohup_ignores_a_closed_terminal(dataset):
     with start(*tiny(max_iters=150), program=("-c", NOHUP)) as running:
         wait_for_step(running, 5)
@@ -144,16 +153,56 @@ NOHUP = """if True:
 """
 
 
-def test_a_second_signal_ends_the_run_at_once():
+def test_a_second_ctrl_c_ends_the_run_at_once():
     before = signal.getsignal(signal.SIGTERM)
     with train.StopSignals() as signals:
         assert not signals.received
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
-        assert signal.getsignal(signal.SIGTERM) == before
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_before_an_evaluation_leaves_its_checkpoint_first(dataset, monkeypatch):
+    """The evaluation may take longer than who has sent the signal waits."""
+    saved = []
+
+    def stopped(model, state, *rest, original=train.train_step):
+        if state.step == 9:
+            monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+        return original(model, state, *rest)
+
+    def evaluation(state, *rest, original=train.evaluation):
+        saved.append((state.step, state.step and checkpoint()["step"]))
+        return original(state, *rest)
+
+    monkeypatch.setattr(train, "train_step", stopped)
+    monkeypatch.setattr(train, "evaluation", evaluation)
+    assert train.main(tiny()) == 143
+    assert saved == [(0, 0), (10, 10)]
+    monkeypatch.undo()
+    os.chdir(dataset.parent.parent)
+    train_here()
+    train_here(out_dir="whole")
+    assert_same_end("out", "whole")
+
+
+def test_a_kill_between_log_and_checkpoint_loses_no_row(dataset, monkeypatch):
+    def killed(state, name, *rest, original=train.State.save):
+        if name == "ckpt.pt" and state.step == 10:
+            raise KeyboardInterrupt
+        original(state, name, *rest)
+
+    monkeypatch.setattr(train.State, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_here()
+    monkeypatch.undo()
+    os.chdir(dataset.parent.parent)
+    assert checkpoint()["step"] == 0
+    train_here()
+    train_here(out_dir="whole")
+    assert_same_end("out", "whole")
 
 
 def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, monkeypatch):
@@ -325,7 +374,7 @@ def test_on_a_full_disk_the_old_checkpoint_stays_and_with_space_the_run_goes_on(
     assert ended.returncode == 1
     assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/best.pt'\n"
     assert [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()] == before
-    assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "log.csv", rest.name]
+    assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "lock", "log.csv", rest.name]
     rest.unlink()
     train_here(**settings, lr_decay_iters=20)
     assert_same_end("out", "whole")
@@ -368,9 +417,11 @@ def test_two_at_once_on_one_dataset_both_end_well_and_the_files_are_right(folder
     assert [process.returncode for process in running] == [0, 0], outputs
     prepared = "".join(out for out, _ in outputs).count("378,000 train tokens")
     assert prepared == (2 if program == "prepare.py" else 1)  # prepare.py is told to, train.py finds it ready
+    (folder / "lock").unlink()
     assert sorted(os.listdir(folder)) == ["input.txt", "meta.json", "train.bin", "val.bin"]
     expected = {path.name: path.read_bytes() for path in folder.iterdir()}
     prepare.main([])
+    (folder / "lock").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
 
 
@@ -395,7 +446,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(dataset)
             with pytest.raises(UserError) as error:
                 train_here(**settings)
             assert str(error.value) == refusal
-        train_here(out_dir="another")
+        train_here(out_dir="another", max_iters=1)
         train_here(eval_only=True)
         running.kill()
     train_here(max_iters=checkpoint()["step"] + 1)  # the lock of the dead stops nobody

@@ -205,6 +205,22 @@ def test_a_recipe_with_other_lines(folder, lines):
         train.main(["recipe.py", "--dataset=none"])
 
 
+def test_a_tokenizer_cannot_pretend_to_be_a_shape(trained):
+    content = checkpoint(trained)
+    content["tokenizer"] |= {"block_size": "x", "model": [1], "n_layer": 3}
+    torch.save(content, trained)
+    train_here(max_iters=21)
+    assert (checkpoint()["config"]["model"], checkpoint()["config"]["n_layer"]) == ("gpt", 2)
+
+
+def test_a_bigram_of_many_layers_costs_nothing(dataset):
+    train_here(model="bigram", max_iters=1)
+    content = checkpoint("out/best.pt")
+    content["model_config"]["n_layer"] = 10**12
+    torch.save(content, "out/best.pt")
+    sample.main(["--max_new_tokens=2"])
+
+
 def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
     for name in ("n_layer", "n_embd", "vocab_size", "block_size"):
         content = checkpoint(trained)

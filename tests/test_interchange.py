@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
-from conftest import checkpoint, command, losses, same, train_here
+from conftest import REPOSITORY, checkpoint, command, losses, same, train_here
 from safetensors.torch import save_file
 
 import prepare
@@ -205,6 +208,7 @@ def test_a_run_from_scratch_is_not_taken_for_a_fine_tuned_one(gpt2_folder):
     [
         ({"block_size": 17}, r"gpt2 holds another model .* \(block_size 16 -> 17\)$"),
         ({"model": "bigram"}, r"gpt2 holds another model .* \(model 'gpt' -> 'bigram'\)$"),
+        ({"n_layer": 4, "bias": False}, r"gpt2 holds another model .* \(n_layer 2 -> 4, bias True -> False\)$"),
         ({"init_from": "other"}, r"other holds another model .* \(n_layer 1 -> 2, .*vocab_size 300 -> 21\)$"),
         ({"init_from": "empty"}, "there is no checkpoint in empty"),
         ({"init_from": "gpt2/config.json"}, r"gpt2/config.json is not a usable checkpoint \(BadZipFile: "),
@@ -235,6 +239,14 @@ def test_without_the_hub_one_line_says_so_at_once(folder):
     ended = command("sample.py", "--init_from=gpt2", env=away)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert ended.stderr.startswith("sample.py: cannot load gpt2 (OSError: We couldn't connect to")
+
+
+def test_a_prompt_without_a_token_is_refused(gpt2_folder):
+    library = prepare.tokenizer_of(prepare.load_meta("shakespeare_char")).to_library()
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save("gpt2/tokenizer.json")
+    with pytest.raises(ConfigError, match=r"^--start: the model needs at least one token"):
+        sample.main(["--init_from=gpt2", "--start= "])
 
 
 def test_the_recipe_for_gpt2_starts_from_its_weights(gpt2_folder, capsys):
@@ -289,6 +301,23 @@ def test_an_export_that_fails_leaves_the_old_one(dataset, capsys, monkeypatch):
     Path("file").touch()
     with pytest.raises(FileExistsError):
         sample.main(["--save_pretrained=file"])
+
+
+def test_an_export_that_is_killed_leaves_nothing_beside_its_folder_and_is_not_taken_for_whole(dataset):
+    train_here(max_iters=1)
+    before = sorted(os.listdir())
+    killed = """if True:
+        import os, signal, safetensors.torch, sample
+        original = safetensors.torch.save_file
+        safetensors.torch.save_file = lambda *given: (original(*given), os.kill(os.getpid(), signal.SIGKILL))
+        sample.main(["--save_pretrained=hf"])
+    """
+    argv = [sys.executable, "-c", killed]
+    ended = subprocess.run(argv, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
+    assert sorted(os.listdir()) == sorted([*before, "hf"])
+    with pytest.raises(ConfigError, match=r"^there is no checkpoint in hf"):
+        sample.main(["--init_from=hf"])
 
 
 def test_an_exported_tokenizer_prepares_another_text_for_fine_tuning(dataset, capsys):

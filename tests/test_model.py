@@ -296,8 +296,8 @@ def test_rows_of_a_batch_do_not_influence_each_other(gpt, idx):
 
 
 def test_generating_reads_each_token_once(gpt, idx, monkeypatch):
-    lengths, read = [], gpt.read
-    monkeypatch.setattr(gpt, "read", lambda idx, *rest: lengths.append(idx.size(1)) or read(idx, *rest))
+    lengths, hidden = [], gpt.hidden
+    monkeypatch.setattr(gpt, "hidden", lambda idx, *rest: lengths.append(idx.size(1)) or hidden(idx, *rest))
     gpt.generate(idx[:, :4], 14)
     assert lengths == [4] + 12 * [1] + [13]  # the prompt, one by one, and anew without the oldest 4
 

@@ -66,7 +66,8 @@ def waits(monkeypatch):
 
 
 def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in (folder / "data").rglob("*") if path.is_file())
+    found = [path for path in (folder / "data").rglob("*") if path.is_file() and path.name != "lock"]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def load_all(dataset):
@@ -515,7 +516,7 @@ def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
         (["--val_fraction=nan"], "--val_fraction must be a number, found 'nan'"),
         (["--tokenizer=morse"], "there is no tokenizer morse: take char, bpe, gpt2, a tokenizer.json, its folder or"),
         (["--tokenizer=config"], "there is no tokenizer config/tokenizer.json: take char, bpe, gpt2, a tokenizer.json"),
-        (["--vocab_size=300"], "vocab_size is of --tokenizer=bpe, found --tokenizer=char"),
+        (["--vocab_size=300"], "vocab_size needs --tokenizer=bpe, found --tokenizer=char"),
         (["--tokenizer=bpe", "--vocab_size=255"], "vocab_size must be at least 256 and at most 65536, found 255"),
         (["--input=a", "--url=b"], "give --input or --url, not both"),
     ],
