@@ -280,8 +280,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of the folder of `path` until the block ends: they wait, or get a UserError.
 
-    The OS releases the lock when the process exits, even after SIGKILL; the file stays, for who removes it may remove
-    the next owner's.
+    The OS releases the lock when the process exits, even after SIGKILL. The file stays: removing it would race.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -384,10 +383,9 @@ def make_tokenizer(config: PrepareConfig, text: Path, counts: np.ndarray) -> Tok
         return CharTokenizer("".join(map(chr, np.flatnonzero(counts))))
     if config.tokenizer == "bpe":
         return learned_bpe(text, config.vocab_size or 512)
-    if config.tokenizer == "gpt2":
-        return tokenizer_of({"tokenizer": "gpt2"})
     with explained(f"--tokenizer={config.tokenizer} is not usable", kind=ConfigError):
-        return tokenizer_of(tokenizer_facts(Path(config.tokenizer)))
+        gpt2 = config.tokenizer == "gpt2"
+        return tokenizer_of({"tokenizer": "gpt2"} if gpt2 else tokenizer_facts(Path(config.tokenizer)))
 
 
 def tokenizer_facts(path: Path) -> dict:

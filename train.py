@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
@@ -617,7 +618,7 @@ class Log:
             metrics["mfu"] = self.flops_per_token * speed / self.peak_flops
             text += f"mfu {metrics['mfu']:.0%} | "
         if self.process.rank == 0:
-            progress.show(text + f"eta {clock(left)}")
+            progress.show(f"{text}eta {timedelta(seconds=round(left))}")
         if len(self.pace) == 4 and left > 3600 and self.process.device.type == "cpu":
             small = "python train.py config/shakespeare_char_cpu.py takes two minutes"
             self.process.say(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
@@ -674,14 +675,8 @@ def peak_flops(process: Process) -> float | None:
     if process.device.type != "cuda" or process.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(process.device)
-    peaks = [peak * process.world_size for card, peak in PEAK_FLOPS.items() if card in name and "MIG" not in name]
-    return peaks[0] if peaks else None
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    peaks = (peak * process.world_size for card, peak in PEAK_FLOPS.items() if card in name and "MIG" not in name)
+    return next(peaks, None)
 
 
 if __name__ == "__main__":

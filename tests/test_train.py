@@ -604,7 +604,7 @@ def test_the_console_and_the_log_show_the_same_run(dataset, capsys, always_due):
     lines = captured.out.splitlines() + captured.err.splitlines()
     number = r"\d+\.\d+"
     assert sum(bool(re.fullmatch(rf"step \d+: train loss {number}, val loss {number}", line)) for line in lines) == 3
-    progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00"
+    progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00:00"
     assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 20
     for split in ("train", "val"):
         assert f"evaluating data/shakespeare_char/{split}.bin: 0%" in lines
