@@ -36,7 +36,7 @@ from sample import MODELS, RESTORE, TOKENIZER, checkpoint_in, choose_device, ope
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-ELSEWHERE = {  # keys of nanoGPT and others, and what there is here
+OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
     "wandb_log": "--tensorboard=True draws curves",
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
@@ -51,7 +51,7 @@ class TrainConfig:
     """Train a GPT. The same command typed again resumes where the last one stopped."""
 
     given = frozenset()  # the keys that a recipe or the command sets, filled in by config.read
-    elsewhere = ELSEWHERE
+    other_names = OTHER_NAMES
 
     out_dir: str = key("out", "folder for checkpoints and log")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
@@ -242,7 +242,7 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
     """Blocks (B, length) from each of `starts` (B,) on, and, shifted by one, the next token at each position."""
     rows = torch.from_numpy(tokens.blocks(starts, length))  # (B, length + 1)
     if device.type == "cuda":
-        rows = rows.pin_memory()  # a GPU copies it while the CPU goes on
+        rows = rows.pin_memory()  # so that the copy is asynchronous
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 

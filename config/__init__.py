@@ -89,7 +89,7 @@ def read(schema: type[T], argv: list[str]) -> T:
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            hint = getattr(schema, "elsewhere", {}).get(name.lstrip("-"))
+            hint = getattr(schema, "other_names", {}).get(name.lstrip("-"))
             hint = f": {hint}" if hint else did_you_mean(name.lstrip("-"), keys, "--")
             raise ConfigError(f"unknown key {name}{hint}; --help lists them all")
         values |= recipe(word, keys)
@@ -275,5 +275,5 @@ progress = Progress()
 def put(text: str, stream: TextIO) -> None:
     try:
         print(text, end="", file=stream, flush=True)
-    except OSError:  # the terminal is gone, or the disk is full: the program goes on without
+    except OSError:  # the terminal is gone or the disk full: print no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -18,7 +18,7 @@ from train import TrainConfig
 class Example:
     """What it is for."""
 
-    elsewhere = MappingProxyType({"small": "it is --size"})
+    other_names = MappingProxyType({"small": "it is --size"})
 
     size: int = key(6, "how big")
     rate: float = key(0.5, "how fast, in % of the usual")
