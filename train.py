@@ -410,7 +410,7 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
     if resuming:
         if "optimizer" not in checkpoint:
             raise ConfigError(f"{source} has no optimizer state: use --init_from={source} and another --out_dir")
-        advice = f"; start a new run in another --out_dir, fine-tune there with --init_from={source}, or overwrite it "
+        advice = f"; start a new run in another --out_dir, where --init_from={source} fine-tunes it, or overwrite it "
         advice += "with --init_from=scratch"
         found |= {"init_from": checkpoint["config"].get("init_from")}
         if config.init_from not in STARTS:

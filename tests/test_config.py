@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from conftest import REPOSITORY, command
 
-from config import ConfigError, key, read
+from config import ConfigError, explained, key, read, run
 from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -173,6 +173,20 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, program):
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr == f"{program}: unknown key --nonsense; --help lists them all\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_every_lack_of_memory_is_told_as_one(capsys, error):
+    def main(argv):
+        with explained("a file of no fault"):
+            raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.endswith(": out of memory; try a smaller batch, model or context\n")
 
 
 def test_out_of_memory_is_one_line_and_status_1(folder):

@@ -438,6 +438,19 @@ def test_who_waits_for_a_dataset_says_for_whom(folder):
     assert prepare.load_meta("shakespeare_char")["train_tokens"] == 9450
 
 
+def test_who_waited_finds_the_dataset_ready_and_leaves_it_alone(dataset):
+    meta = dataset / "meta.json"
+    with ExitStack() as waiting:
+        with prepare.locked(dataset / "lock"):
+            meta.rename("aside.json")
+            running = waiting.enter_context(start(*tiny(max_iters=1)))
+            assert running.stderr.readline().endswith(": waiting for it\n")
+            Path("aside.json").rename(meta)
+        before = meta.stat().st_mtime_ns
+        out, _ = running.communicate(timeout=60)
+    assert (running.returncode, "train tokens" in out, meta.stat().st_mtime_ns) == (0, False, before)
+
+
 def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(dataset):
     with start(*tiny(max_iters=10**6)) as running:
         wait_for(running, "step 10:")

@@ -987,7 +987,7 @@ def test_a_name_that_is_no_utf8_may_be_written_to(dataset):
 
 
 def test_too_little_memory_for_a_process_is_one_line(dataset):
-    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(n_embd=4096, n_layer=4)]
+    argv = [sys.executable, str(REPOSITORY / "train.py"), *tiny(n_embd=20_000, n_layer=1)]
     ended = subprocess.run(f"ulimit -v 3000000; {shlex.join(argv)}", shell=True, capture_output=True, text=True)
     assert ended.returncode == 1
     assert without_progress(ended.stderr) == "train.py: out of memory; try a smaller batch, model or context\n"
