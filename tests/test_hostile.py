@@ -19,7 +19,7 @@ import train
 from config import UserError
 
 fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ", 40)),
+    max_examples=int(os.environ.get("FUZZ", 30)),
     deadline=None,
     derandomize="FUZZ" not in os.environ,
     database=None,
