@@ -107,8 +107,10 @@ def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
         return torch.tensor([[first_token(tokenizer)]])
     try:
         if start.startswith("FILE:"):
-            start = Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode()
-        return encoded(start.replace("\\n", "\n"), tokenizer)
+            text = Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode()
+        else:
+            text = start.replace("\\n", "\n")  # as one types a line break in a shell
+        return encoded(text, tokenizer)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--start: {error}") from None
 

@@ -143,8 +143,9 @@ def main(argv: list[str]) -> int | None:
             state.save("ckpt.pt", config, process)
         pending = []  # loss and gradient norm of each step since the last report: no step waits for the device
         with StopSignals() as signals:
-            stop = config.eval_only or process.largest(signals.received)[0]  # the number of the signal
-            while state.step < config.max_iters and not stop:
+            max_iters = 0 if config.eval_only else config.max_iters
+            stop = process.largest(signals.received)[0]  # the number of the signal that asks for it
+            while state.step < max_iters and not stop:
                 pending.append(train_step(model, state, splits["train"], config, process))
                 state.step += 1
                 stop, showing = process.largest(signals.received, process.rank == 0 and progress.due())
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> int | None:
                     state.save("ckpt.pt", config, process)
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another one still writes
-    if stop and not config.eval_only:
+    if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop

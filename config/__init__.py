@@ -178,7 +178,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if bool in allowed and text in BOOLS:
         return BOOLS[text]
     if isinstance(value, str) and (value in allowed or str in allowed):
-        return os.path.expanduser(value)
+        return os.path.expanduser(value) if value.startswith("~/") else value
     with suppress(ValueError, ArithmeticError):
         if float in allowed and math.isfinite(float(text)):
             return float(text)

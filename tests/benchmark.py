@@ -1,6 +1,6 @@
 """Measure the speed, against what this machine can do and, where you have a checkout of it, against nanoGPT.
 
-    python tests/benchmark.py                                         ten minutes on two cores
+    python tests/benchmark.py                                         all that needs no other checkout
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
     python tests/benchmark.py --peer=../nanoGPT > tests/benchmark.md  all of it, into the file
 

@@ -51,6 +51,7 @@ def recipe(text, name="recipe.py"):
         (["--size=1_000"], {"size": 1000}),
         (["--size=9223372036854775807"], {"size": 2**63 - 1}),
         (["--name=~/a"], {"name": os.path.expanduser("~/a")}),
+        (["--name=~"], {"name": "~"}),  # not every text is a path
         (["--rate", "-1"], {"rate": -1.0}),
         (["--name=a=b"], {"name": "a=b"}),
         (["--name="], {"name": ""}),

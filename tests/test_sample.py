@@ -111,6 +111,9 @@ def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):
     train_here(dataset="mine", max_iters=1)
     capsys.readouterr()
     assert say(capsys, r"--start=the\nking").startswith("the\nking")
+    Path("prompt.txt").write_text(r"the\nking")  # a file has line breaks of its own
+    with pytest.raises(ConfigError, match=r"^--start: character '\\\\' at position 3 is not in the vocabulary$"):
+        sample.main(["--start=FILE:prompt.txt"])
 
 
 def test_the_file_and_the_step_that_are_read_are_told_on_stderr(trained, capsys):
