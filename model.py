@@ -18,6 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_LOGITS = 2**27  # in memory at a time where the loss alone is needed: half a gigabyte of float32
+
 
 @dataclass
 class GPTConfig:
@@ -85,7 +87,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     For a CPU, torch draws a number for each value; 16 bits of chance each, drawn four at a time, take a third of its
     time, forward and backward together (16 x 6 x 256 x 256), and so round p to a multiple of 2^-16.
     """
-    if not p or x.device.type != "cpu":
+    if not p or x.device.type != "cpu" or torch.compiler.is_compiling():  # a compiler fuses its own
         return F.dropout(x, p)
     random_bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     random_bits = random_bits.view(torch.int16)[: x.numel()].view(x.shape)
@@ -164,17 +166,23 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """What GPT and Bigram share: the loss, and writing. A subclass has `hidden`, `lm_head` and `config`."""
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, need_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Predict every next token.
 
         `idx` and `targets` are token ids (B, T), T at most block_size; the targets are the inputs shifted by one, so
         that every position is an exercise. Returns the logits (B, T, vocab_size) and the mean cross-entropy in nats
-        per token, or None without targets.
+        per token, or None without targets. need_logits=False: None and the same loss, the logits made a few sequences
+        at a time, for those of GPT-2's vocabulary would fill most of the memory.
         """
-        logits = self.lm_head(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        x = self.hidden(idx)
+        if targets is None or need_logits:
+            logits = self.lm_head(x)
+            return logits, None if targets is None else cross_entropy(logits, targets)
+        rows = max(1, MAX_LOGITS // (idx.size(1) * self.config.vocab_size))
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        return None, sum(cross_entropy(self.lm_head(part), goal) * len(goal) for part, goal in parts) / len(idx)
 
     @torch.no_grad()
     def initialize(self):
@@ -242,19 +250,36 @@ class LanguageModel(nn.Module):
             self.train(was_training)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Draw one token (B, 1) from each row of logits (B, vocab_size), as `generate` says."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    vocab_size = logits.size(-1)
-    logits, tokens = (logits.float() / temperature).topk(min(top_k or vocab_size, vocab_size))  # likeliest first
+    logits, tokens, vocab_size = logits.float() / temperature, None, logits.size(-1)
+    if top_k or top_p:  # sorting takes 5 ms for GPT-2's vocabulary
+        logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # likeliest first
     probs = logits.softmax(-1)
     if top_p is not None:
         before = probs.cumsum(-1) - probs
         probs = probs.masked_fill((before >= top_p) & (before > 0), 0)  # those before it already hold top_p
-    return tokens.gather(1, torch.multinomial(probs, 1, generator=generator))
+    # One draw as torch.multinomial makes it, which would also make the CPU wait for a GPU to check `probs`.
+    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    return drawn if tokens is None else tokens.gather(1, drawn)
+
+
+class Head(nn.Linear):
+    """From channels to logits. In training on CUDA the vocabulary is padded, for tensor cores, to a multiple of 64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and x.device.type == "cuda"):
+            return super().forward(x)
+        padded = F.pad(self.weight, (0, 0, 0, -self.out_features % 64))
+        return F.linear(x, padded)[..., : self.out_features]
 
 
 class GPT(LanguageModel):
@@ -271,7 +296,7 @@ class GPT(LanguageModel):
                 "ln_f": layer_norm(config),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
         self.initialize()
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,12 +41,7 @@ from prepare import (
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TOKENIZER = (
-    "tokenizer",
-    "vocab_size",
-    "chars",
-    "json",
-)  # keys of meta.json that describe it; a checkpoint has them too
+TOKENIZER = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json and a checkpoint say of it
 RESTORE = "; restore it from a copy, or train anew in another --out_dir; of a Hugging Face model, name the folder"
 
 
@@ -67,6 +62,9 @@ class SampleConfig:
     top_p: float | None = key(None, "choose among the fewest tokens of this probability together", above=0, most=1)
     seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "of the weights; auto: bfloat16 on cuda, or float16 where a card has none, else float32"
+    )
 
     def __post_init__(self):
         if 0 < self.temperature < 1e-3:
@@ -87,8 +85,9 @@ def main(argv: list[str]) -> None:
     if config.save_pretrained:
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
     idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
-    model.to(device)
-    if device.type == "cpu":
+    dtype = choose_dtype(config.dtype, device)
+    model.to(device, dtype)
+    if device.type == "cpu" and dtype == torch.float32:  # not every CPU packs the others
         pack(model)
     generator = torch.Generator(device).manual_seed(config.seed)
     stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)
@@ -267,6 +266,13 @@ def choose_device(name: str, processes: int = 1) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype `name`; auto: float32, or on cuda the one of 16 bits that the card has."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return getattr(torch, "float32" if name == "auto" else name)
 
 
 def keep_freed_memory() -> None:

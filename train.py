@@ -1,8 +1,8 @@
 """Train a GPT. Read `main` for the run from start to end, `train_step` for one step.
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
-(seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes,
-from its last checkpoint, bit for bit, one process and eight see the same batches, and losses can be compared.
+(seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes from
+its last checkpoint, on a CPU bit for bit, one process and eight see the same batches, and losses can be compared.
 
     python train.py                                          the reference model on Tiny Shakespeare
     python train.py config/shakespeare_char_cpu.py           a small one, two minutes on a laptop
@@ -12,7 +12,9 @@ from its last checkpoint, bit for bit, one process and eight see the same batche
 from __future__ import annotations
 
 import math
+import operator
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import ConfigError, UserError, explained, key, progress, read, run, show
 from model import GPT, CausalSelfAttention, GPTConfig, LanguageModel
 from prepare import Tokens, dataset_folder, first_token, locked, prepared, replacing, tokenizer_of
-from sample import MODELS, RESTORE, TOKENIZER, checkpoint_in, choose_device, open_model, structure
+from sample import MODELS, RESTORE, TOKENIZER, checkpoint_in, choose_device, choose_dtype, open_model, structure
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
@@ -42,8 +44,12 @@ OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
     "backend": "it is nccl on GPUs, gloo on CPUs",
 }
-# Dense bfloat16 FLOP/s of the cards whose name contains this, the first that fits; from NVIDIA's data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12}
+# Dense bfloat16 FLOP/s, from the makers' data sheets, of the cards whose name has this pattern, the first that fits.
+PEAK_FLOPS = {
+    "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
+    "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+    "MI300X": 1307e12,
+}  # fmt: skip
 
 
 @dataclass
@@ -93,9 +99,10 @@ class TrainConfig:
     seed: int = key(1337, "of initial weights, batches and dropout", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "of matrix products; auto: the fastest safe one"
+        "auto", "of matrix products; auto: the fastest safe one; float32 is exact, without TF32"
     )
     compile: Literal["auto"] | bool = key("auto", "torch.compile the model; auto: on cuda")
+    deterministic: bool = key(False, "on cuda, too, repeat a run bit for bit, which takes longer")
     tensorboard: bool = key(False, "also write curves and samples for TensorBoard to out_dir")
 
     def __post_init__(self):
@@ -164,8 +171,7 @@ def main(argv: list[str]) -> int | None:
                     log.write(state.step, metrics)
                 if evaluating:  # after the log: a killed run drops rows past its checkpoint, and misses none
                     state.save("ckpt.pt", config, process)
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another one still writes
+        process.largest(0)  # nobody leaves while another one still writes
     if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
@@ -188,7 +194,7 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
         # Gradients are all-reduced once, in the backward pass of the last micro-batch.
         with model.no_sync() if process.world_size > 1 and micro_step < micro_steps - 1 else nullcontext():
             with process.autocast():
-                _, loss = model(x, y)
+                _, loss = model(x, y, need_logits=False)
             state.scaler.scale(loss / micro_steps).backward()
         total_loss += loss.detach() / micro_steps
     state.scaler.unscale_(state.optimizer)
@@ -284,14 +290,16 @@ def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainC
     if rest := n_tokens % length:
         groups.append((np.array([n_tokens - rest]), rest))
     model.eval()
-    total = 0.0
+    losses, sizes = [torch.zeros((), device=process.device)], [0]  # a process may have no group
     for at, (group, length) in enumerate(groups[process.rank :: process.world_size]):
         if process.rank == 0:
             progress.show(f"evaluating {tokens.path}: {at * process.world_size / len(groups):.0%}")
         with process.autocast():
-            _, loss = model(*inputs_and_targets(tokens, group, length, process.device))
-        total += loss.item() * len(group) * length
+            _, loss = model(*inputs_and_targets(tokens, group, length, process.device), need_logits=False)
+        losses.append(loss)
+        sizes.append(len(group) * length)
     model.train()
+    total = sum(map(operator.mul, torch.stack(losses).tolist(), sizes))
     return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
 
 
@@ -497,11 +505,16 @@ def join_processes(config: TrainConfig) -> Process:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config.micro_batch_size(world_size)
     device = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
+        torch.use_deterministic_algorithms(True)
+    dtype = training_dtype(config.dtype, device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
-    dtype = choose_dtype(config.dtype, device)
+        if dtype != torch.float32:
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size > 1:
         place = {}
         if os.environ.get("GROUP_WORLD_SIZE") == "1" and was_restarted():
@@ -509,7 +522,8 @@ def join_processes(config: TrainConfig) -> Process:
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             place = {"store": store, "rank": rank, "world_size": world_size}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **place)
+        backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=gpu, **place)
     return Process(rank, world_size, device, dtype)
 
 
@@ -518,32 +532,29 @@ def was_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype `name`, or the fastest that is safe on the device. Raises ConfigError for an unsafe one."""
     if name == "float16" and device.type != "cuda":
         raise ConfigError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     # Without AMX or AVX-512 instructions for it, bfloat16 is emulated. On an Intel Xeon (family 6, model 207) with
     # AVX-512's alone, a step of the small recipe takes 1.6 times as long as in float32; on an AMD EPYC it is faster.
     cpu = torch.cpu.get_capabilities()
     fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+    return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
 
 
 def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
-    """The same weights, for training: gradients averaged over the processes, kernels fused."""
-    if process.world_size > 1:
-        model = DistributedDataParallel(model)
+    """The same weights, for training: kernels fused, gradients averaged over the processes.
+
+    In this order, for torch.compile would break the graph of DistributedDataParallel in pieces.
+    """
     if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
         try:
             torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
             model = torch.compile(model)
         except Exception as error:
             process.say(f"torch.compile does not work here ({type(error).__name__}): training without it")
-    return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if process.world_size > 1 else model
 
 
 class StopSignals:
@@ -676,8 +687,8 @@ def peak_flops(process: Process) -> float | None:
     if process.device.type != "cuda" or process.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(process.device)
-    peaks = (peak * process.world_size for card, peak in PEAK_FLOPS.items() if card in name and "MIG" not in name)
-    return next(peaks, None)
+    peaks = (peak for card, peak in PEAK_FLOPS.items() if re.search(card, name) and "MIG" not in name)
+    return next((peak * process.world_size for peak in peaks), None)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import train
 from config import ConfigError, UserError
 from model import GPT, Bigram
 from prepare import load_meta
-from train import Process, Tokens, TrainConfig, adamw, batch, choose_device, choose_dtype, evaluate, learning_rate
+from train import Process, Tokens, TrainConfig, adamw, batch, choose_device, evaluate, learning_rate, training_dtype
 
 ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
 
@@ -190,6 +191,28 @@ def test_accumulation_changes_memory_not_learning(dataset):
     assert len(found[0]) == 40
     assert found[0] == pytest.approx(found[1], abs=2e-4)
     assert found[0][-1] < found[0][0] - 0.2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_model_is_compiled_as_one_graph_and_once(dataset, monkeypatch, processes):
+    graphs = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr("torch.compile", lambda model: model if model is torch.exp else compiled(model))
+    settings = config(compile=True, gradient_accumulation_steps=2)
+    process = Process(0, processes, torch.device("cpu"), torch.float32)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        state = train.State(GPT(settings.model_config(65)), None, torch.amp.GradScaler(enabled=False), {})
+        state.optimizer = adamw(state.model, settings)
+        model = train.parallel_and_compiled(state.model, settings, process)
+        for state.step in range(4):
+            train.train_step(model, state, tokens(), settings, process)
+            evaluate(state.model, tokens("val"), 100, settings, process)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == torch._dynamo.utils.counters["frames"]["total"] == 1
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -723,6 +746,12 @@ def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, mo
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("Some Other Card", None),
     ],
@@ -871,6 +900,7 @@ def test_the_best_device_is_chosen(machine):
         ("auto", {}, 0),
         ("cuda", {}, 0),
         ("cuda:1", {}, 1),
+        ("cuda:1", {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1"}, 1),
         ("cuda", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "WORLD_SIZE": "4"}, 1),
     ],
 )
@@ -879,14 +909,20 @@ def test_every_process_takes_a_gpu_of_its_own(machine, monkeypatch, name, enviro
     chosen, joined = [], []
     monkeypatch.setattr("torch.cuda.set_device", lambda device: chosen.append(device.index))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr("torch.distributed.init_process_group", joined.append)
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda backend, device_id: joined.append((backend, device_id))
+    )
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     process = train.join_processes(config(device=name, dtype="auto"))
     assert chosen == [process.device.index] == [index]
-    assert joined == (["cpu:gloo,cuda:nccl"] if environment else [])
+    alone = environment.get("WORLD_SIZE", "1") == "1"
+    assert joined == ([] if alone else [("cpu:gloo,cuda:nccl", torch.device("cuda", index))])
     assert process.dtype == torch.bfloat16
+    assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
+    train.join_processes(config(device=name, dtype="float32"))
+    assert torch.get_float32_matmul_precision() == "highest"  # float32 is no TF32
 
 
 def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
@@ -900,13 +936,15 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         ({}, torch.float32),
     ):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=capabilities: found)
-        assert choose_dtype("auto", cpu) == dtype
-    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+        assert training_dtype("auto", cpu) == dtype
+        assert training_dtype("bfloat16", cpu) == torch.bfloat16
+        assert sample.choose_dtype("auto", cpu) == torch.float32
+    assert training_dtype("auto", torch.device("mps")) == torch.float32
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
-    assert choose_dtype("auto", cuda) == torch.bfloat16
+    assert training_dtype("auto", cuda) == torch.bfloat16
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
-    assert choose_dtype("auto", cuda) == torch.float16
-    assert choose_dtype("float32", cuda) == torch.float32
+    assert training_dtype("auto", cuda) == torch.float16
+    assert training_dtype("float32", cuda) == torch.float32
 
 
 @pytest.mark.parametrize(
