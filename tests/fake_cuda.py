@@ -1,0 +1,155 @@
+"""Run the CUDA path without a GPU: tensors on cuda are fake, with shape, dtype and device but without values.
+
+An operator that would fail for one of these three fails here. `Watch` notes where the CPU would wait for the GPU, and
+the dtypes of matrix products. What this cannot show: kernels, NCCL, speed. For a process of its own, as torch must be
+imported after the stub. Prints facts as JSON for test_cuda.py.
+"""
+
+import ctypes
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+TESTS = Path(__file__).parent
+TORCH = Path(find_spec("torch").origin).parent
+with tempfile.TemporaryDirectory() as folder:
+    library = Path(folder) / "fake_cuda.so"
+    argv = ["c++", "-std=c++20", "-shared", "-fPIC", f"-I{TORCH}/include", str(TESTS / "fake_cuda.cpp"), "-o", library]
+    subprocess.run([*argv, f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH}/lib"], check=True)
+    ctypes.CDLL(str(library))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  (before torch believes in a GPU)
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
+
+sys.path.insert(0, str(TESTS.parent))
+import prepare  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+
+aten = torch.ops.aten
+NEED_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.multinomial.default, aten.equal.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default}
+
+
+class Watch(TorchDispatchMode):
+    """Notes where the CPU waits for the GPU, dtypes and widths of matrix products and the most bytes on the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.dtypes, self.widths, self.peak = [], set(), set(), 0
+        self.alive = WeakIdKeyDictionary()  # bytes of each storage
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        on_gpu = any(tensor.device.type == "cuda" for tensor in inputs)
+        if operator == aten._local_scalar_dense.default and inputs[0].constant is None:
+            self.wait()
+            return 2.0 if inputs[0].is_floating_point() else 0
+        # Fake operators know no generator.
+        output = operator(*args, **{name: value for name, value in (kwargs or {}).items() if name != "generator"})
+        to_host = operator == aten._to_copy.default and output.device.type == "cpu"
+        if on_gpu and (to_host or operator in NEED_VALUES):
+            self.wait()
+        if on_gpu and operator in PRODUCTS:
+            self.dtypes.add(str(inputs[-1].dtype))
+            self.widths.add(tree_leaves(output)[0].size(-1))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+                storage = tensor.untyped_storage()
+                self.alive[storage] = math.ceil(storage.nbytes() / 512) * 512  # as torch allocates
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return output
+
+    def wait(self):
+        frame = sys._getframe(1)
+        while Path(frame.f_code.co_filename).parent != TESTS.parent:
+            frame = frame.f_back
+        self.waits.append(f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}")
+
+    def tolist(self, tensor):
+        """One copy to the host, where a fake tensor asks for each value by itself."""
+        self.wait()
+        return np.full(tensor.shape, 2.0).tolist()
+
+
+def attention(q, k, v, dropout_p=0.0, is_causal=False):
+    """The kernel that a GPU takes: without one, torch writes the T x T matrices."""
+    if q.dtype == torch.float32:
+        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[0]
+    return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
+
+
+def move(module, device, dtype=None):
+    """nn.Module.to, which cannot exchange fake parameters; tied ones stay tied."""
+    moved = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter not in moved:
+                moved[parameter] = torch.nn.Parameter(parameter.detach().to(device, dtype))
+            part._parameters[name] = moved.get(parameter)
+    return module
+
+
+@contextmanager
+def fake_gpu():
+    """Within, there is one GPU. Yields what `Watch` notes."""
+    watch = Watch()
+    replaced = {
+        "torch.cuda.is_available": lambda: True,
+        "torch.cuda.device_count": lambda: 1,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.set_device": lambda device: None,
+        "torch.cuda.get_device_name": lambda device: "NVIDIA A100-SXM4-80GB",
+        "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
+        "torch.cuda.manual_seed_all": lambda seed: None,
+        "torch.nn.Module.to": move,
+        "torch.nn.functional.scaled_dot_product_attention": attention,
+        "torch.Tensor.pin_memory": lambda tensor: tensor,
+        "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda tensor: watch.tolist(tensor),
+        "torch._subclasses.fake_tensor.FakeTensor.numpy": lambda tensor: np.zeros(tensor.shape, int),
+        "torch._subclasses.fake_tensor.init_gpu_context": lambda device: None,
+        "train.State.save": lambda *_: None,
+        "train.Process.largest": lambda process, *numbers: list(numbers),
+    }
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(patch(name, value))
+        stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", property(lambda mode: True)))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(watch)
+        yield watch
+
+
+def facts(argv):
+    """What happens when the program `argv[0]` runs with the other arguments."""
+    with fake_gpu() as watch:
+        try:
+            {"train": train.main, "sample": sample.main.__wrapped__}[argv[0]](argv[1:])
+        except Exception:
+            return {"error": traceback.format_exc()}
+    return {
+        "waits": Counter(watch.waits),
+        "dtypes": sorted(watch.dtypes),
+        "widths": sorted(watch.widths),
+        "peak": watch.peak,
+        "error": None,
+    }
+
+
+if __name__ == "__main__":
+    found = {name: facts(argv) for name, argv in json.loads(sys.argv[1]).items()}
+    print(json.dumps(found))

@@ -1,0 +1,89 @@
+"""The CUDA path on tensors without values; fake_cuda.py says what that shows and what it cannot show."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, command, tiny
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("c++"), reason="the stub of CUDA needs a C++ compiler"),
+    pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="the stub of CUDA is for torch 2.13"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own"),
+]
+
+
+def on_gpu(**changes):
+    short = {"device": "auto", "dtype": "auto", "compile": False, "max_iters": 4, "eval_interval": 2, "eval_iters": 2}
+    return ["train", *tiny(**short | changes)]
+
+
+GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 12, "bias": True, "dropout": 0}
+RUNS = {
+    "bfloat16": on_gpu(),
+    "float16": on_gpu(dtype="float16"),
+    "float32": on_gpu(dtype="float32"),
+    "accumulation": on_gpu(gradient_accumulation_steps=4),
+    "bigram": on_gpu(model="bigram"),
+    "no clipping": on_gpu(grad_clip=0),
+    "resumed": on_gpu(out_dir="cpu"),
+    "124M": on_gpu(dataset="gpt2", max_iters=1, eval_iters=1, **GPT2),
+    "one sample": ["sample", "--out_dir=cpu", "--max_new_tokens=30"],
+    "samples": ["sample", "--out_dir=cpu", "--max_new_tokens=30", "--num_samples=3", "--top_k=3", "--top_p=0.9"],
+    "float32 sample": ["sample", "--out_dir=cpu", "--max_new_tokens=30", "--dtype=float32"],
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The facts of every run, from one process."""
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    (folder / "input.txt").write_text("To be, or not to be, that is the question. " * 300)
+    gpt2 = folder / "data" / "gpt2"
+    gpt2.mkdir(parents=True)
+    (gpt2 / "meta.json").write_text('{"tokenizer": "gpt2", "vocab_size": 50257}')
+    for split in ("train", "val"):
+        np.arange(13 * 1024, dtype="<u2").tofile(gpt2 / f"{split}.bin")
+    for arguments in (["prepare.py", "--input=input.txt"], ["train.py", *tiny(out_dir="cpu", max_iters=2)]):
+        ended = command(*arguments, cwd=folder)
+        assert ended.returncode == 0, ended.stderr
+    argv = [sys.executable, str(REPOSITORY / "tests" / "fake_cuda.py"), json.dumps(RUNS)]
+    ended = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_operator_finds_its_tensors_on_the_gpu(found, run):
+    assert found[run]["error"] is None
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if RUNS[run][0] == "train"])
+def test_no_step_waits_for_the_gpu_and_an_evaluation_only_for_its_loss(found, run):
+    waits = found[run]["waits"]
+    evaluations = {"resumed": 1, "124M": 2}.get(run, 3)
+    assert waits.keys() == {"train.py: latest", "train.py: evaluate"}
+    assert waits["train.py: evaluate"] == 2 * evaluations  # of the training and the validation split
+
+
+@pytest.mark.parametrize(("run", "tokens"), [("one sample", 30), ("float32 sample", 30), ("samples", 0)])
+def test_a_sample_waits_for_the_gpu_only_to_be_shown(found, run, tokens):
+    assert sum(found[run]["waits"].values()) == tokens + 1  # and once for the prompt, or for all of the texts
+
+
+@pytest.mark.parametrize("run", [*RUNS])
+def test_matrix_products_have_the_dtype(found, run):
+    expected = "float32" if "float32" in run else "float16" if run == "float16" else "bfloat16"
+    assert found[run]["dtypes"] == ([] if run == "bigram" else [f"torch.{expected}"])
+
+
+def test_gpt2s_vocabulary_is_padded_for_tensor_cores(found):
+    assert 50304 in found["124M"]["widths"]
+
+
+def test_gpt2_small_with_12_sequences_of_1024_takes_less_than_12_gb(found):
+    assert 8e9 < found["124M"]["peak"] < 12e9
