@@ -12,8 +12,8 @@ block_size = 1024
 dropout = 0.0
 bias = True
 
-batch_size = 480  # half a million tokens a step, on each of 8 GPUs 5 times 12 sequences
-gradient_accumulation_steps = 5
+batch_size = 480  # half a million tokens a step, on each of 8 GPUs 3 times 20 sequences, which fill 14 GB
+gradient_accumulation_steps = 3
 max_iters = 600_000
 learning_rate = 6e-4
 min_lr = 6e-5

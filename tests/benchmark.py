@@ -3,9 +3,11 @@
     python tests/benchmark.py                                         all that needs no other checkout
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
     python tests/benchmark.py --peer=../nanoGPT > tests/benchmark.md  all of it, into the file
+    python tests/benchmark.py --only=gpu                              on a GPU: steps, memory, MFU, a whole training
 
-For a machine with nothing else to do: it measures on the CPU, in turns. Progress goes to stderr, the tables to stdout.
-The others run in a process of their own, as their users run them; `transformers` is timed where it is installed.
+For a machine with nothing else to do: it measures on the CPU, or on one GPU, in turns. Progress goes to stderr, the
+tables to stdout. The others run in a process of their own, as their users run them; `transformers` is timed where it
+is installed.
 """
 
 import argparse
@@ -114,7 +116,8 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT; a copy of it is run")
-    parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help="some of %(default)s")
+    default = ",".join(part for part in PARTS if part != "gpu")
+    parser.add_argument("--only", default=default, metavar="PARTS", help="some of %(default)s, or gpu")
     parser.add_argument("--repeats", type=int, default=3, help="of all but the trainings to a loss (%(default)s)")
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - PARTS.keys():
@@ -136,9 +139,9 @@ def main() -> None:
     print(
         "# Benchmark\n\n`python tests/benchmark.py"
         f"{' --peer=../nanoGPT' * bool(options.peer)} --only={options.only}` on {torch.get_num_threads()} threads of "
-        f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}.\n\n{limit}\n\n"
-        f"A figure is the median of {options.repeats} repeats, with the lowest and highest; `2x` is how many times as "
-        "long the same work takes there.\n"
+        f"{cpu_name()}{gpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
+        f"\n\n{limit}\n\nA figure is the median of {options.repeats} repeats, with the lowest and highest; `2x` is how "
+        "many times as long the same work takes there.\n"
     )
     print("| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |")
     for row in rows:
@@ -154,6 +157,10 @@ def cpu_name() -> str:
     facts = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else None
     return found[1] if found else "an unknown CPU"
+
+
+def gpu_name() -> str:
+    return f" and one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -175,10 +182,6 @@ def limits() -> tuple[float, float, str]:
         f"bfloat16 matrix product, {flops[0] / 1e9:.0f} in float32, {bandwidth / 1e9:.0f} GB/s read from memory."
     )
     return flops[1], bandwidth, text
-
-
-def process_here() -> train.Process:
-    return train.join_processes(train.TrainConfig(device="cpu"))
 
 
 # nanoGPT
@@ -251,19 +254,23 @@ def step(bench: Bench) -> list[Row]:
     ]
 
 
-def our_step(**settings: object) -> Callable[[], None]:
-    settings = {"dropout": 0.0, "gradient_accumulation_steps": 4, "init_from": "scratch"} | settings
+def our_step(vocab_size: int = 65, n_steps: int = 1, **settings: object) -> Callable[[], None]:
+    settings = {"device": "cpu", "dropout": 0.0, "gradient_accumulation_steps": 4, "init_from": "scratch"} | settings
     config = read(train.TrainConfig, [f"--{name}={value}" for name, value in settings.items()])
-    process = process_here()
-    meta = load_meta(config.dataset)
+    process = train.join_processes(config)
+    meta = load_meta(config.dataset) | {"vocab_size": vocab_size}
     tokens = Tokens(config.dataset, "train", meta, config.block_size)
     state = train.initial_state(config, meta, process)
+    model = train.parallel_and_compiled(state.model, config, process)
 
     def take() -> None:
-        train.train_step(state.model, state, tokens, config, process)
-        state.step += 1
+        for _ in range(n_steps):
+            train.train_step(model, state, tokens, config, process)
+            state.step += 1
+        if process.device.type == "cuda":
+            torch.cuda.synchronize()
 
-    take()  # the first one also reserves memory
+    take()  # the first one also reserves memory, and compiles
     return take
 
 
@@ -397,7 +404,36 @@ def growth(bench: Bench) -> list[Row]:
     return []
 
 
-PARTS = {"loss": loss, "step": step, "sample": sample, "prepare": prepare, "growth": growth}
+def gpu(bench: Bench) -> list[Row]:
+    """What `python tests/fake_cuda.py plan` calculates, measured; sampling; the reference recipe to its lowest loss."""
+    if not torch.cuda.is_available():
+        raise SystemExit("--only=gpu: there is no GPU, or this torch cannot use it")
+    peak = train.peak_flops(train.Process(0, 1, torch.device("cuda"), torch.bfloat16))
+    models = {"reference model": (REFERENCE, BATCH), "GPT-2 124M": (GPTConfig(50257, 1024, 12, 12, 768), 12)}
+    rows = []
+    for (name, (shape, batch_size)), dtype, compiled in itertools.product(
+        models.items(), ("float32", "float16", "bfloat16"), (False, True)
+    ):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        settings = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "dtype": dtype, "compile": compiled}
+        steps = our_step(n_steps=20, device="cuda", **asdict(shape), **settings)
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        flops = 20 * train.flops_per_token(GPT(shape), shape.block_size) * batch_size * shape.block_size
+        work = f"20 steps, {name}, {batch_size} x {shape.block_size}, {dtype}{', compiled' * compiled}, {memory}"
+        rows.append(bench.row(work, steps, limit=[flops / peak] if peak else []))
+    model = GPT(REFERENCE).to("cuda", torch.bfloat16)
+    for n in (1, 10):
+        idx = torch.zeros(n, 1, dtype=torch.long, device="cuda")
+        work = f"sampling, reference model, {n} x 500 tokens"
+        rows.append(bench.row(work, lambda idx=idx: model.generate(idx, 500).tolist(), amount=500 * n, unit="tok/s"))
+    recipe = REPOSITORY / "config" / "shakespeare_char.py"
+    argv = [str(REPOSITORY / "train.py"), str(recipe), "--device=cuda", f"--out_dir={bench.scratch / 'gpu'}"]
+    seconds, best = min(evaluations(argv, Path.cwd()), key=lambda evaluation: evaluation[1])
+    return [*rows, Row(f"config/shakespeare_char.py to its lowest validation loss, {best:.4f}", [seconds])]
+
+
+PARTS = {"loss": loss, "step": step, "sample": sample, "prepare": prepare, "growth": growth, "gpu": gpu}
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,9 @@
 
 An operator that would fail for one of these three fails here. `Watch` notes where the CPU would wait for the GPU, and
 the dtypes of matrix products. What this cannot show: kernels, NCCL, speed. For a process of its own, as torch must be
-imported after the stub. Prints facts as JSON for test_cuda.py.
+imported after the stub. Prints facts as JSON for test_cuda.py, or what the data sheets promise:
+
+    python tests/fake_cuda.py plan
 """
 
 import ctypes
@@ -32,12 +34,13 @@ import torch._dynamo  # noqa: E402  (before torch believes in a GPU)
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
 sys.path.insert(0, str(TESTS.parent))
-import prepare  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from config import read  # noqa: E402
 
 aten = torch.ops.aten
 NEED_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.multinomial.default, aten.equal.default}
@@ -150,6 +153,68 @@ def facts(argv):
     }
 
 
+class Work(TorchDispatchMode):
+    """Notes FLOPs, and bytes read and written, of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        schema = operator._schema
+        view = any(value.alias_info and not value.alias_info.is_write for value in schema.returns)
+        if operator.namespace == "aten" and not view:
+            count = flop_registry.get(operator.overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=output) if count else 0
+            specs = zip(args, schema.arguments, strict=False)
+            changed = [arg for arg, spec in specs if spec.alias_info and spec.alias_info.is_write]
+            tensors = [t for t in tree_leaves((args, kwargs, changed or output)) if isinstance(t, torch.Tensor)]
+            self.done.append((flops, sum(t.nbytes for t in tensors)))
+        return output
+
+
+def training_step(recipe, rows):
+    """Of a step with a micro-batch of `rows` sequences: the config, FLOPs a token, work done, bytes at the peak."""
+    config = read(train.TrainConfig, [f"{TESTS.parent}/config/{recipe}", f"--batch_size={rows}", "--dataset=none",
+                                      "--gradient_accumulation_steps=1", "--out_dir=none"])  # fmt: skip
+    with fake_gpu() as watch, patch("train.Process.say"):
+        process = train.join_processes(config)
+        state = train.initial_state(config, {"vocab_size": 50257 if "gpt2" in recipe else 65}, process)
+        ids = torch.zeros(rows, config.block_size, dtype=torch.long, device=process.device)
+        with patch("train.batch", lambda *_: (ids, ids)):
+            train.train_step(state.model, state, None, config, process)  # makes the optimizer's state
+            with Work() as work:
+                train.train_step(state.model, state, None, config, process)
+    return config, train.flops_per_token(state.model, config.block_size), work.done, watch.peak
+
+
+def plan():
+    """Print a table: every operator takes as long as its FLOPs or its bytes at the data sheet's rate, the larger.
+
+    From the matrix products alone, as if all else were fused into them, to all operators one by one.
+    """
+    cards = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12)}  # SXM, 80 GB: FLOP/s in bfloat16, bytes a second
+    print("| recipe | micro-batch | FLOPs a token | operators | memory | A100 | MFU | H100 | MFU |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for recipe, sizes in (("shakespeare_char.py", (8, 64)), ("gpt2_124m.py", (4, 12, 20, 30, 60))):
+        for rows in sizes:
+            config, flops_per_token, done, peak = training_step(recipe, rows)
+            cells = [recipe, f"{rows} x {config.block_size}", f"{flops_per_token / 1e6:.1f}M", str(len(done))]
+            cells += [f"{peak / 1e9:.1f} GB"]
+            for flop_rate, byte_rate in cards.values():
+                times = [max(flops / flop_rate, n_bytes / byte_rate) for flops, n_bytes in done]
+                eager, products = sum(times), sum(t for t, (flops, _) in zip(times, done, strict=True) if flops)
+                best = flops_per_token * rows * config.block_size / flop_rate
+                cells += [
+                    f"{products * 1e3:.1f} to {eager * 1e3:.1f} ms",
+                    f"{best / eager:.0%} to {best / products:.0%}",
+                ]
+            print(f"| {' | '.join(cells)} |")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["plan"]:
+        sys.exit(plan())
     found = {name: facts(argv) for name, argv in json.loads(sys.argv[1]).items()}
     print(json.dumps(found))

@@ -181,6 +181,25 @@ def test_dropout_acts_in_training_only(idx):
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
+@pytest.mark.parametrize("build", [GPT, Bigram])
+@pytest.mark.parametrize("sequences", [1, 2, 5])
+def test_the_loss_without_logits_is_the_same_with_the_same_gradients(monkeypatch, build, sequences):
+    monkeypatch.setattr("model.MAX_LOGITS", sequences * 16 * 11)  # in memory at a time
+    torch.manual_seed(0)
+    model = build(GPTConfig(**SMALL))
+    x, y = torch.randint(11, (2, 5, 16))
+    losses, gradients = [], []
+    for need_logits in (True, False):
+        model.zero_grad()
+        logits, loss = model(x, y, need_logits)
+        assert (logits is not None) == need_logits
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("place", ["embeddings", "attention", "residual"])
 def test_dropout_acts_on_embeddings_attention_and_residual_branches(place, idx):
     torch.manual_seed(0)

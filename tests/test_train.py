@@ -864,6 +864,16 @@ def test_the_bigram_model_trains_and_resumes(dataset, capsys):
 # Devices and mistakes
 
 
+def test_deterministic_asks_torch_for_it(dataset):
+    train_here(max_iters=2, deterministic=True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert checkpoint()["step"] == 2
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Pretend to be a machine with so many GPUs, or a Mac."""
