@@ -261,7 +261,7 @@ def sample_token(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, tokens, vocab_size = logits.float() / temperature, None, logits.size(-1)
-    if top_k or top_p:  # sorting takes 5 ms for GPT-2's vocabulary
+    if top_k or top_p is not None:  # sorting takes 5 ms for GPT-2's vocabulary
         logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # likeliest first
     probs = logits.softmax(-1)
     if top_p is not None:

@@ -378,6 +378,7 @@ def shares(**choices):
         ({"top_p": 0.6}, [0, 5 / 7, 0, 2 / 7, 0]),
         ({"top_p": 0.75}, [0, 10 / 17, 0, 4 / 17, 3 / 17]),
         ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
+        ({"top_p": 0.0}, [0, 1, 0, 0, 0]),
         ({"top_p": 1e-300}, [0, 1, 0, 0, 0]),  # 0 in float32
         ({"top_p": 1.0}, [0.1, 0.5, 0.05, 0.2, 0.15]),
         ({"top_k": 3, "top_p": 0.8}, [0, 5 / 7, 0, 2 / 7, 0]),  # 0.5 + 0.2 of 0.85 already hold 0.82
@@ -386,6 +387,14 @@ def shares(**choices):
 def test_tokens_are_drawn_as_often_as_they_should(choices, expected):
     assert shares(**choices) == pytest.approx(expected, abs=0.006)
     assert [share > 0 for share in shares(**choices)] == [share > 0 for share in expected]
+
+
+def test_the_vocabulary_is_not_sorted_unless_asked_for(monkeypatch):
+    monkeypatch.setattr("torch.Tensor.topk", lambda *_: 1 / 0)
+    assert sample_token(torch.zeros(3, 5), 1.0, None, None, None).shape == (3, 1)
+    for top_k, top_p in ((2, None), (None, 0.5)):
+        with pytest.raises(ZeroDivisionError):
+            sample_token(torch.zeros(3, 5), 1.0, top_k, top_p, None)
 
 
 def test_top_k_keeps_k_tokens_even_when_they_tie():

@@ -51,6 +51,16 @@ def test_the_text_is_what_generate_says(trained, capsys):
     assert text == "\n---------------\n".join(tokenizer.decode(row.numpy()) for row in expected) + "\n"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype_samples_and_the_same_seed_gives_the_same_text(trained, capsys, monkeypatch, dtype):
+    used, hidden = set(), GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *inputs: used.add(str((x := hidden(*inputs)).dtype)) or x)
+    texts = [say(capsys, "--start=the king", f"--dtype={dtype}") for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == len("the king") + 40 + 1
+    assert used == {f"torch.{dtype}"}
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_layers_compute_the_same(bias):
     torch.manual_seed(0)
