@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_LOGITS = 2**27  # in memory at a time where the loss alone is needed: half a gigabyte of float32
+MAX_LOGITS = 2**28  # computed at a time where only the loss is needed: a gigabyte of float32
+TENSOR_CORES = ("cuda",)  # devices whose matrix products are fast at widths that are multiples of 64
 
 
 @dataclass
@@ -173,16 +174,16 @@ class LanguageModel(nn.Module):
 
         `idx` and `targets` are token ids (B, T), T at most block_size; the targets are the inputs shifted by one, so
         that every position is an exercise. Returns the logits (B, T, vocab_size) and the mean cross-entropy in nats
-        per token, or None without targets. need_logits=False: None and the same loss, the logits made a few sequences
-        at a time, for those of GPT-2's vocabulary would fill most of the memory.
+        per token, or None without targets. need_logits=False: None and the same loss, computed a few sequences at a
+        time: of a large vocabulary, neither logits nor their gradients are then all in memory at once.
         """
         x = self.hidden(idx)
         if targets is None or need_logits:
             logits = self.lm_head(x)
             return logits, None if targets is None else cross_entropy(logits, targets)
         rows = max(1, MAX_LOGITS // (idx.size(1) * self.config.vocab_size))
-        parts = zip(x.split(rows), targets.split(rows), strict=True)
-        return None, sum(cross_entropy(self.lm_head(part), goal) * len(goal) for part, goal in parts) / len(idx)
+        chunks = zip(x.split(rows), targets.split(rows), strict=True)
+        return None, sum(cross_entropy(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
 
     @torch.no_grad()
     def initialize(self):
@@ -261,7 +262,7 @@ def sample_token(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, tokens, vocab_size = logits.float() / temperature, None, logits.size(-1)
-    if top_k or top_p is not None:  # sorting takes 5 ms for GPT-2's vocabulary
+    if top_k or top_p is not None:  # sorting GPT-2's 50,257 takes 5 ms on two CPU cores
         logits, tokens = logits.topk(min(top_k or vocab_size, vocab_size))  # likeliest first
     probs = logits.softmax(-1)
     if top_p is not None:
@@ -272,11 +273,11 @@ def sample_token(
     return drawn if tokens is None else tokens.gather(1, drawn)
 
 
-class Head(nn.Linear):
-    """From channels to logits. In training on CUDA the vocabulary is padded, for tensor cores, to a multiple of 64."""
+class LMHead(nn.Linear):
+    """From channels (B, T, C) to logits (B, T, vocab_size); for tensor cores, the vocabulary is padded on the way."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and x.device.type == "cuda"):
+        if x.device.type not in TENSOR_CORES or x.dim() < 3:  # one token is not worth a copy of the table
             return super().forward(x)
         padded = F.pad(self.weight, (0, 0, 0, -self.out_features % 64))
         return F.linear(x, padded)[..., : self.out_features]
@@ -296,7 +297,7 @@ class GPT(LanguageModel):
                 "ln_f": layer_norm(config),
             }
         )
-        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
         self.initialize()
 

@@ -85,6 +85,8 @@ def main(argv: list[str]) -> None:
     if config.save_pretrained:
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
     idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
+    if device.index:
+        torch.cuda.set_device(device)  # whose dtypes count
     dtype = choose_dtype(config.dtype, device)
     model.to(device, dtype)
     if device.type == "cpu" and dtype == torch.float32:  # not every CPU packs the others

@@ -2,7 +2,7 @@
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
 (seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes from
-its last checkpoint, on a CPU bit for bit, one process and eight see the same batches, and losses can be compared.
+its last checkpoint (bit for bit on a CPU), one process and eight see the same batches, and losses can be compared.
 
     python train.py                                          the reference model on Tiny Shakespeare
     python train.py config/shakespeare_char_cpu.py           a small one, two minutes on a laptop
@@ -12,11 +12,11 @@ its last checkpoint, on a CPU bit for bit, one process and eight see the same ba
 from __future__ import annotations
 
 import math
-import operator
 import os
 import re
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -47,8 +47,8 @@ OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
 # Dense bfloat16 FLOP/s, from the makers' data sheets, of the cards whose name has this pattern, the first that fits.
 PEAK_FLOPS = {
     "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
-    "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
-    "MI300X": 1307e12,
+    "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, r"\bB200": 2250e12,
+    "GB200": 2500e12, "MI300X": 1307e12,
 }  # fmt: skip
 
 
@@ -99,10 +99,10 @@ class TrainConfig:
     seed: int = key(1337, "of initial weights, batches and dropout", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "of matrix products; auto: the fastest safe one; float32 is exact, without TF32"
+        "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"
     )
     compile: Literal["auto"] | bool = key("auto", "torch.compile the model; auto: on cuda")
-    deterministic: bool = key(False, "on cuda, too, repeat a run bit for bit, which takes longer")
+    deterministic: bool = key(False, "repeat a run bit for bit on cuda, too; slower")
     tensorboard: bool = key(False, "also write curves and samples for TensorBoard to out_dir")
 
     def __post_init__(self):
@@ -201,7 +201,7 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad()
+    state.optimizer.zero_grad(set_to_none=process.world_size == 1)  # else they stay views of DDP's buckets
     return torch.stack((total_loss, grad_norm))
 
 
@@ -290,16 +290,15 @@ def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainC
     if rest := n_tokens % length:
         groups.append((np.array([n_tokens - rest]), rest))
     model.eval()
-    losses, sizes = [torch.zeros((), device=process.device)], [0]  # a process may have no group
+    losses = [torch.zeros((), device=process.device)]  # a process may have no group
     for at, (group, length) in enumerate(groups[process.rank :: process.world_size]):
         if process.rank == 0:
             progress.show(f"evaluating {tokens.path}: {at * process.world_size / len(groups):.0%}")
         with process.autocast():
             _, loss = model(*inputs_and_targets(tokens, group, length, process.device), need_logits=False)
-        losses.append(loss)
-        sizes.append(len(group) * length)
+        losses.append(loss * (len(group) * length))
     model.train()
-    total = sum(map(operator.mul, torch.stack(losses).tolist(), sizes))
+    total = sum(torch.stack(losses).tolist())
     return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
 
 
@@ -508,13 +507,12 @@ def join_processes(config: TrainConfig) -> Process:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
         torch.use_deterministic_algorithms(True)
-    dtype = training_dtype(config.dtype, device)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        if dtype != torch.float32:
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        warnings.filterwarnings("ignore", "TensorFloat32")  # torch.compile advises it: here float32 is float32
+    dtype = training_dtype(config.dtype, device)
     if world_size > 1:
         place = {}
         if os.environ.get("GROUP_WORLD_SIZE") == "1" and was_restarted():
@@ -546,7 +544,8 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
     """The same weights, for training: kernels fused, gradients averaged over the processes.
 
-    In this order, for torch.compile would break the graph of DistributedDataParallel in pieces.
+    In this order, for torch.compile would have to break the graph in DistributedDataParallel's own code. It still
+    divides the model's graph where gradients fill a bucket, so that all-reduce and backward pass overlap.
     """
     if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
         try:

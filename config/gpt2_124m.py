@@ -12,7 +12,7 @@ block_size = 1024
 dropout = 0.0
 bias = True
 
-batch_size = 480  # half a million tokens a step, on each of 8 GPUs 3 times 20 sequences, which fill 14 GB
+batch_size = 480  # half a million tokens a step, on each of 8 GPUs 3 times 20 sequences: 15 GB, calculated
 gradient_accumulation_steps = 3
 max_iters = 600_000
 learning_rate = 6e-4

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
@@ -405,15 +405,21 @@ def growth(bench: Bench) -> list[Row]:
 
 
 def gpu(bench: Bench) -> list[Row]:
-    """What `python tests/fake_cuda.py plan` calculates, measured; sampling; the reference recipe to its lowest loss."""
+    """What `python tests/fake_cuda.py plan` calculates, measured; sampling; the reference recipe to its lowest loss.
+
+    The limit of a step is the card's peak in 16 bits by its data sheet: how many times that is, is the MFU.
+    """
     if not torch.cuda.is_available():
         raise SystemExit("--only=gpu: there is no GPU, or this torch cannot use it")
     peak = train.peak_flops(train.Process(0, 1, torch.device("cuda"), torch.bfloat16))
-    models = {"reference model": (REFERENCE, BATCH), "GPT-2 124M": (GPTConfig(50257, 1024, 12, 12, 768), 12)}
+    reference, gpt2 = replace(REFERENCE, dropout=0.2), GPTConfig(50257, 1024, 12, 12, 768)
+    models = [("reference model", reference, 8), ("reference model", reference, 64), ("GPT-2 124M", gpt2, 20)]
     rows = []
-    for (name, (shape, batch_size)), dtype, compiled in itertools.product(
-        models.items(), ("float32", "float16", "bfloat16"), (False, True)
+    for (name, shape, batch_size), dtype, compiled in itertools.product(
+        models, ("float32", "float16", "bfloat16"), (False, True)
     ):
+        steps = None  # frees the model before
+        torch._dynamo.reset()  # else the next model is compiled for any size
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         settings = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "dtype": dtype, "compile": compiled}
@@ -421,7 +427,7 @@ def gpu(bench: Bench) -> list[Row]:
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
         flops = 20 * train.flops_per_token(GPT(shape), shape.block_size) * batch_size * shape.block_size
         work = f"20 steps, {name}, {batch_size} x {shape.block_size}, {dtype}{', compiled' * compiled}, {memory}"
-        rows.append(bench.row(work, steps, limit=[flops / peak] if peak else []))
+        rows.append(bench.row(work, steps, limit=[flops / peak] if peak and dtype != "float32" else []))
     model = GPT(REFERENCE).to("cuda", torch.bfloat16)
     for n in (1, 10):
         idx = torch.zeros(n, 1, dtype=torch.long, device="cuda")

@@ -190,12 +190,12 @@ def training_step(recipe, rows):
 
 
 def plan():
-    """Print a table: every operator takes as long as its FLOPs or its bytes at the data sheet's rate, the larger.
+    """Print a roofline estimate: each operator takes the larger of FLOPs / peak FLOP/s and bytes / bandwidth.
 
-    From the matrix products alone, as if all else were fused into them, to all operators one by one.
+    The lower time counts matrix products and attention alone, as if all else were fused into them.
     """
     cards = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12)}  # SXM, 80 GB: FLOP/s in bfloat16, bytes a second
-    print("| recipe | micro-batch | FLOPs a token | operators | memory | A100 | MFU | H100 | MFU |")
+    print("| recipe | micro-batch | FLOPs a token | operators | memory | A100 | MFU at most | H100 | MFU at most |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for recipe, sizes in (("shakespeare_char.py", (8, 64)), ("gpt2_124m.py", (4, 12, 20, 30, 60))):
         for rows in sizes:
@@ -204,11 +204,11 @@ def plan():
             cells += [f"{peak / 1e9:.1f} GB"]
             for flop_rate, byte_rate in cards.values():
                 times = [max(flops / flop_rate, n_bytes / byte_rate) for flops, n_bytes in done]
-                eager, products = sum(times), sum(t for t, (flops, _) in zip(times, done, strict=True) if flops)
+                unfused, fused = sum(times), sum(t for t, (flops, _) in zip(times, done, strict=True) if flops)
                 best = flops_per_token * rows * config.block_size / flop_rate
                 cells += [
-                    f"{products * 1e3:.1f} to {eager * 1e3:.1f} ms",
-                    f"{best / eager:.0%} to {best / products:.0%}",
+                    f"{fused * 1e3:.1f} to {unfused * 1e3:.1f} ms",
+                    f"{best / unfused:.0%} to {best / fused:.0%}",
                 ]
             print(f"| {' | '.join(cells)} |")
 

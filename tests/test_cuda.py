@@ -8,13 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, command, tiny
+from conftest import REPOSITORY, command, losses, tiny
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("c++"), reason="the stub of CUDA needs a C++ compiler"),
-    pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="the stub of CUDA is for torch 2.13"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own"),
-]
+import sample
+import train
 
 
 def on_gpu(**changes):
@@ -41,6 +38,8 @@ RUNS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The facts of every run, from one process."""
+    if not shutil.which("c++") or not torch.__version__.startswith("2.13.") or torch.backends.cuda.is_built():
+        pytest.skip("the stub of CUDA needs a C++ compiler, and torch 2.13 without a CUDA of its own")
     folder = tmp_path_factory.mktemp("fake_cuda")
     (folder / "input.txt").write_text("To be, or not to be, that is the question. " * 300)
     gpt2 = folder / "data" / "gpt2"
@@ -87,3 +86,15 @@ def test_gpt2s_vocabulary_is_padded_for_tensor_cores(found):
 
 def test_gpt2_small_with_12_sequences_of_1024_takes_less_than_12_gb(found):
     assert 8e9 < found["124M"]["peak"] < 12e9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_real_gpu_learns_resumes_and_samples(dataset, capsys, dtype, compiled):
+    for max_iters in (20, 40):
+        train.main(on_gpu(dtype=dtype, compile=compiled, max_iters=max_iters, eval_interval=20)[1:])
+    found = losses(capsys.readouterr().out)
+    assert found[40][1] < found[20][1] < found[0][1] - 0.1
+    sample.main(["--max_new_tokens=40", "--start=the king"])
+    assert len(capsys.readouterr().out) == len("the king") + 40 + 1

@@ -181,6 +181,15 @@ def test_dropout_acts_in_training_only(idx):
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
+def test_a_padded_head_gives_the_same_logits_and_gradients(monkeypatch, gpt, idx):
+    found = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr("model.TENSOR_CORES", devices)
+        logits, loss = gpt(idx, idx)
+        found.append([logits, *torch.autograd.grad(loss, list(gpt.parameters()))])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("build", [GPT, Bigram])
 @pytest.mark.parametrize("sequences", [1, 2, 5])
 def test_the_loss_without_logits_is_the_same_with_the_same_gradients(monkeypatch, build, sequences):
@@ -390,7 +399,8 @@ def test_tokens_are_drawn_as_often_as_they_should(choices, expected):
 
 
 def test_the_vocabulary_is_not_sorted_unless_asked_for(monkeypatch):
-    monkeypatch.setattr("torch.Tensor.topk", lambda *_: 1 / 0)
+    for sorting in ("topk", "sort", "argsort"):
+        monkeypatch.setattr(f"torch.Tensor.{sorting}", lambda *_: 1 / 0)
     assert sample_token(torch.zeros(3, 5), 1.0, None, None, None).shape == (3, 1)
     for top_k, top_p in ((2, None), (None, 0.5)):
         with pytest.raises(ZeroDivisionError):
