@@ -375,7 +375,8 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     if source == path:
         with explained(f"{path} is not a usable checkpoint", RESTORE):
             state.restore(checkpoint)
-        changed = changes(checkpoint["config"] | {"init_from": config.init_from}, asdict(config))
+        before = checkpoint["config"] | {"init_from": config.init_from}  # without keys that are newer than it
+        changed = changes(before, {name: value for name, value in asdict(config).items() if name in before})
         process.say(f"resuming from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
     elif source:
         process.say(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")

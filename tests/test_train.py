@@ -431,6 +431,15 @@ def test_a_finished_run_says_so_and_a_higher_max_iters_goes_on(dataset, capsys):
     assert checkpoint()["step"] == 30
 
 
+def test_a_key_that_is_newer_than_the_checkpoint_is_no_change(dataset, capsys):
+    train_here(max_iters=10)
+    content = checkpoint()
+    del content["config"]["deterministic"]
+    torch.save(content, "out/ckpt.pt")
+    train_here(max_iters=10)
+    assert "resuming from out/ckpt.pt at step 10\n" in capsys.readouterr().out
+
+
 def test_changed_keys_are_named_and_take_effect(dataset, capsys):
     train_here()
     capsys.readouterr()
