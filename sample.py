@@ -63,7 +63,7 @@ class SampleConfig:
     seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "of the weights; auto: bfloat16 on cuda, or float16 where a card has none, else float32"
+        "auto", "of the weights as they sample; auto: bfloat16 on cuda, or float16 where a card has none, else float32"
     )
 
     def __post_init__(self):
