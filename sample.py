@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import ConfigError, UserError, did_you_mean, explained, key, put, read, run
 from model import GPT, Bigram, GPTConfig, LanguageModel
@@ -73,7 +73,6 @@ class SampleConfig:
             raise ValueError("save_pretrained is empty: it must name a folder")
 
 
-@torch.inference_mode()  # a tenth faster than the no_grad of `stream`
 def main(argv: list[str]) -> None:
     config = read(SampleConfig, argv)
     device = choose_device(config.device)
@@ -87,10 +86,7 @@ def main(argv: list[str]) -> None:
     idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     if device.index:
         torch.cuda.set_device(device)  # whose dtypes count
-    dtype = choose_dtype(config.dtype, device)
-    model.to(device, dtype)
-    if device.type == "cpu" and dtype == torch.float32:  # not every CPU packs the others
-        pack(model)
+    model.to(device, choose_dtype(config.dtype, device))
     generator = torch.Generator(device).manual_seed(config.seed)
     stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)
     if config.num_samples == 1:  # appears as it is made
@@ -286,30 +282,6 @@ def keep_freed_memory() -> None:
     if mallopt:  # musl has none
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
         mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for inference, its weights in the memory layout of oneDNN, torch's CPU library.
-
-    The reference model then writes one text 1.8 times as fast, ten at once 1.7 times.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack(model: nn.Module) -> None:
-    """Pack every linear layer of the model, where torch has oneDNN."""
-    if torch.backends.mkldnn.is_available():
-        for module in list(model.modules()):
-            for name, layer in module.named_children():
-                if isinstance(layer, nn.Linear):
-                    setattr(module, name, PackedLinear(layer))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ import train  # noqa: E402
 from config import read  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare import Tokens, load_meta, prepared  # noqa: E402
-from sample import pack  # noqa: E402
 
 tell = partial(print, file=sys.stderr, flush=True)
 REFERENCE = GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False)
@@ -293,12 +292,10 @@ def peer_sample(peer: Path, n: int) -> None:
     peer_model(peer).eval().generate(torch.zeros(n, 1, dtype=torch.long), 500, temperature=0.8)
 
 
-@torch.inference_mode()  # as sample.py does it
 def sample(bench: Bench) -> list[Row]:
     """500 tokens from the reference model, one text and ten at once, its window of 256 tokens sliding."""
     model = GPT(REFERENCE)
     n_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
-    pack(model)
     hugging_face = importlib.util.find_spec("transformers")
     rows = []
     for n in (1, 10):
@@ -387,7 +384,6 @@ def growth(bench: Bench) -> list[Row]:
         }.items()
     }
     model = GPT(REFERENCE)
-    pack(model)
     idx = torch.zeros(1, 1, dtype=torch.long)
     works["sampling, tokens"] = {n: lambda n=n: model.generate(idx, n) for n in (250, 500, 1000, 2000)}
     texts = {megabytes: made_text(bench, megabytes) for megabytes in (50, 100, 200, 400)}

@@ -38,7 +38,8 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
 sys.path.insert(0, str(TESTS.parent))
-import sample  # noqa: E402
+with patch("torch.inference_mode", torch.no_grad):  # in the other mode, a Watch does not see .item()
+    import sample
 import train  # noqa: E402
 from config import read  # noqa: E402
 
@@ -141,7 +142,7 @@ def facts(argv):
     """What happens when the program `argv[0]` runs with the other arguments."""
     with fake_gpu() as watch:
         try:
-            {"train": train.main, "sample": sample.main.__wrapped__}[argv[0]](argv[1:])
+            {"train": train.main, "sample": sample.main}[argv[0]](argv[1:])
         except Exception:
             return {"error": traceback.format_exc()}
     return {

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Bigram, GPTConfig, attention, dropout, sample_token
+from model import GPT, Bigram, GPTConfig, attention, dropout, for_inference, sample_token
 
 SMALL = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 REFERENCE = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False}
@@ -336,6 +336,43 @@ def test_generate_keeps_the_prompt_and_the_mode(gpt, idx):
     assert text.shape == (3, 21) and torch.equal(text[:, :16], idx)
     assert gpt.training
     assert gpt.generate(idx, 0).equal(idx)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_the_same(bias):
+    torch.manual_seed(0)
+    plain = lively(GPT(GPTConfig(65, block_size=32, n_layer=2, n_head=2, n_embd=64, bias=bias)))
+    packed = for_inference(plain, pack=True)
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    for shape in ((1, 1), (1, 32), (10, 7)):
+        idx = torch.randint(65, shape)
+        torch.testing.assert_close(packed(idx)[0], plain(idx)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_text_is_written_with_packed_layers_and_a_layer_of_ones_own_is_not(gpt, idx, monkeypatch):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    packed = []
+    monkeypatch.setattr("model.PackedLinear", lambda layer: packed.append(layer) or layer)
+    gpt.transformer.h[1].mlp.c_fc = Doubled(32, 128)
+    gpt.generate(idx, 49)
+    assert packed == []
+    gpt.generate(idx, 50)
+    assert len(packed) == 2 * 4 - 1 + 1
+
+
+def test_a_model_may_be_trained_while_it_writes(gpt, idx):
+    """The tokens may also be trained on: outside of `stream` they are tensors like any other."""
+    stream = gpt.train().stream(idx, 60, None, 0, None, None, None)
+    next(stream)
+    assert gpt.training and all(module.training for module in gpt.modules())
+    gpt(gpt.generate(idx, 60)[:, -16:], idx)[1].backward()
+    with torch.no_grad():
+        gpt.transformer.wpe.weight.zero_()
+    next(stream)
+    assert gpt.transformer.wte.weight.grad.abs().sum() > 0
 
 
 def test_a_model_in_training_writes_without_dropout(idx):

@@ -1,4 +1,3 @@
-import copy
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from conftest import REPOSITORY, checkpoint, command, train_here
 import prepare
 import sample
 from config import ConfigError, UserError
-from model import GPT, GPTConfig
+from model import GPT
 from prepare import CharTokenizer
 
 
@@ -59,22 +58,6 @@ def test_every_dtype_samples_and_the_same_seed_gives_the_same_text(trained, caps
     assert texts[0] == texts[1]
     assert len(texts[0]) == len("the king") + 40 + 1
     assert used == {f"torch.{dtype}"}
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_packed_layers_compute_the_same(bias):
-    torch.manual_seed(0)
-    plain = GPT(GPTConfig(65, block_size=32, n_layer=2, n_head=2, n_embd=64, bias=bias))
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    packed = copy.deepcopy(plain)
-    sample.pack(packed)
-    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    for shape in ((1, 1), (1, 32), (10, 7)):
-        idx = torch.randint(65, shape)
-        torch.testing.assert_close(packed(idx)[0], plain(idx)[0], rtol=1e-4, atol=1e-4)
-    assert torch.equal(packed.generate(idx, 60, temperature=0), plain.generate(idx, 60, temperature=0))
 
 
 def test_the_same_seed_gives_the_same_text(trained, capsys):
