@@ -80,13 +80,14 @@ class TrainConfig:
 
     batch_size: int = key(64, "sequences in one optimizer step, over all processes together", least=1)
     gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share", least=1)
+    optimizer: Literal["adamw", "muon"] = key("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
     learning_rate: float = key(1e-3, "peak learning rate", least=0)
     min_lr: float = key(1e-4, "learning rate at the end of the decay", least=0)
     warmup_iters: int = key(100, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters", least=1)
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
     max_iters: int = key(5000, "optimizer steps", least=1)
-    weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only", least=0)
+    weight_decay: float = key(0.1, "weight decay, on matrices only", least=0)
     beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients", least=0, below=1)
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
@@ -343,6 +344,9 @@ class State:
         groups = self.optimizer.state_dict()["param_groups"]  # hyperparameters are this config's
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
+        if isinstance(self.optimizer, Muon):
+            by_muon = self.optimizer.param_groups[-1]["params"]
+            moments[len(moments) - len(by_muon) :] = [{"step": torch.zeros(()), "exp_avg": p} for p in by_muon]
         expected = dict(enumerate(moments)) if checkpoint["step"] else {}
         if structure(checkpoint["optimizer"]["state"]) != structure(expected):
             raise ValueError("its optimizer state does not fit its weights")
@@ -371,7 +375,7 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     model.to(process.device)
     # Small float16 gradients would vanish without a scale; the other dtypes need none.
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    state = State(model, adamw(model, config), scaler, meta)
+    state = State(model, optimizer_of(model, config, process.dtype), scaler, meta)
     if source == path:
         with explained(f"{path} is not a usable checkpoint", RESTORE):
             state.restore(checkpoint)
@@ -426,6 +430,10 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
             wanted["init_from"] = config.init_from
         elif found["init_from"] not in STARTS:
             config.init_from = found["init_from"]
+        found["optimizer"] = checkpoint["config"].get("optimizer", "adamw")
+        if "optimizer" in config.given:
+            wanted["optimizer"] = config.optimizer
+        config.optimizer = found["optimizer"]
         for name in ("sha256", "train_tokens"):  # the text and where it is split, unknown to older checkpoints
             if checkpoint.get(name) and name in meta:
                 found[name], wanted[name] = checkpoint[name], meta[name]
@@ -441,14 +449,54 @@ def changes(old: dict, new: dict) -> str:
     return ", ".join(f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items())
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only: gains and biases have no reason to be small."""
-    parameters = list(model.parameters())
+def optimizer_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only: gains and biases have no reason to be small.
+
+    optimizer="muon": the matrices inside the blocks take Muon's step, computed in `dtype`.
+    """
+    muon, parameters = config.optimizer == "muon", dict(model.named_parameters())
+    by_muon = [name for name, p in parameters.items() if muon and ".h." in name and p.dim() == 2]
+    others = [p for name, p in parameters.items() if name not in by_muon]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [parameters[name] for name in by_muon], "weight_decay": config.weight_decay, "dtype": dtype},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    # A fused step would decide by itself whether float16 has overflowed: Muon must know it, too.
+    return Muon(groups, **settings) if muon else torch.optim.AdamW(groups[:2], **settings, fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW for all parameters but the last group's, matrices, which take Muon's step (Jordan et al., 2024).
+
+    Their momentum is made orthogonal, so that no direction dominates, and scaled to the size of AdamW's step, so that
+    the same learning rate fits (Liu et al., 2025).
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        matrices = self.param_groups.pop()
+        super().step()
+        self.param_groups.append(matrices)
+        for p in matrices["params"]:
+            self.state[p].setdefault("step", torch.zeros(()))  # AdamW asks for it when a state is loaded
+            momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            update = orthogonal(p.grad.lerp(momentum, 0.95).to(matrices["dtype"]))  # Nesterov's momentum
+            p.mul_(1 - matrices["lr"] * matrices["weight_decay"])
+            p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * matrices["lr"])
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """A matrix of the same directions whose singular values are all about 1, by five Newton-Schulz iterations."""
+    if x.size(0) > x.size(1):
+        return orthogonal(x.T).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)  # 3.4445 x - 4.7750 gram x + 2.0315 gram^2 x
+    return x
 
 
 # Processes and devices

@@ -23,9 +23,9 @@ def step_losses(path):
     return [float(row["loss"]) for row in rows(path) if row["lr"]]
 
 
-@pytest.mark.parametrize("shares", [1, 2])
-def test_two_processes_learn_what_one_learns(dataset, capsys, shares):
-    settings = {"max_iters": 40, "dropout": 0.0, "log_interval": 1}
+@pytest.mark.parametrize(("shares", "optimizer"), [(1, "muon"), (2, "adamw")])
+def test_two_processes_learn_what_one_learns(dataset, capsys, shares, optimizer):
+    settings = {"max_iters": 40, "dropout": 0.0, "log_interval": 1, "optimizer": optimizer}
     train_here(**settings, out_dir="one")
     alone = losses(capsys.readouterr().out)
     ended = torchrun(*tiny(**settings, out_dir="two", gradient_accumulation_steps=shares))

@@ -24,7 +24,17 @@ import train
 from config import ConfigError, UserError
 from model import GPT, Bigram
 from prepare import load_meta
-from train import Process, Tokens, TrainConfig, adamw, batch, choose_device, evaluate, learning_rate, training_dtype
+from train import (
+    Process,
+    Tokens,
+    TrainConfig,
+    batch,
+    choose_device,
+    evaluate,
+    learning_rate,
+    optimizer_of,
+    training_dtype,
+)
 
 ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
 
@@ -147,7 +157,7 @@ def test_missing_data_are_prepared_first(folder, capsys):
 
 def test_weight_decay_is_on_matrices_only():
     model = GPT(config(bias=True).model_config(11))
-    decayed, others = adamw(model, config()).param_groups
+    decayed, others = optimizer_of(model, config()).param_groups
     assert decayed["weight_decay"] == 0.1
     assert others["weight_decay"] == 0
     assert {p.dim() for p in decayed["params"]} == {2}
@@ -181,6 +191,86 @@ def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset):
     assert float(rows()[-1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 32)])
+def test_muon_takes_the_step_of_torchs_own(shape):
+    torch.manual_seed(0)
+    matrix, vector = (torch.nn.Parameter(torch.randn(size)) for size in (shape, shape[:1]))
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in (matrix, vector)]
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    ours = train.Muon([{"params": [vector]}, {"params": [matrix], "dtype": torch.bfloat16}], **settings)
+    muon = torch.optim.Muon(copies[:1], **settings, adjust_lr_fn="match_rms_adamw")  # Liu et al.'s scale
+    theirs = [muon, torch.optim.AdamW(copies[1:], **settings)]
+    before = matrix.detach().clone()
+    for _ in range(3):
+        for parameter, copy in zip((matrix, vector), copies, strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            copy.grad = parameter.grad.clone()
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    assert same([matrix, vector], copies)
+    assert (matrix - before).abs().mean() > 0.001
+
+
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model = GPT(config(bias=True).model_config(11))
+    muon = optimizer_of(model, config(optimizer="muon"))
+    embeddings, vectors, matrices = (group["params"] for group in muon.param_groups)
+    assert {id(p) for p in matrices} == {id(p) for p in model.transformer.h.parameters() if p.dim() == 2}
+    assert {id(p) for p in embeddings} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
+    assert {p.dim() for p in vectors} == {1}
+    assert len(embeddings) + len(vectors) + len(matrices) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in muon.param_groups] == [0.1, 0.0, 0.1]
+
+
+def test_a_run_keeps_its_optimizer(dataset, capsys):
+    train_here(optimizer="muon", max_iters=10)
+    assert {"step", "exp_avg"} in [set(state) for state in checkpoint()["optimizer"]["state"].values()]
+    train_here(max_iters=12)  # a key that is not given follows the checkpoint
+    assert "changed since: max_iters 10 -> 12\n" in capsys.readouterr().out
+    assert checkpoint()["config"]["optimizer"] == "muon"
+    with pytest.raises(ConfigError, match=r"optimizer 'muon' -> 'adamw'"):
+        train_here(optimizer="adamw", max_iters=14)
+    old = checkpoint()
+    old["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(old, "out/ckpt.pt")
+    with pytest.raises(UserError, match="its optimizer state does not fit its weights"):
+        train_here(max_iters=14)
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_adamws(dataset, capsys):
+    train_here(max_iters=10)
+    old = checkpoint()
+    del old["config"]["optimizer"]
+    torch.save(old, "out/ckpt.pt")
+    train_here(max_iters=12)
+    assert "changed since: max_iters 10 -> 12\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"optimizer 'adamw' -> 'muon'"):
+        train_here(optimizer="muon", max_iters=14)
+
+
+def test_the_bigram_table_trains_with_muon_too(dataset):
+    """It has no block: AdamW takes all of it."""
+    train_here(model="bigram", optimizer="muon", out_dir="muon")
+    train_here(model="bigram")
+    torch.testing.assert_close(checkpoint("muon/ckpt.pt")["model"], checkpoint()["model"])
+
+
+def test_with_a_scaler_muon_skips_what_overflows(dataset):
+    model = GPT(config().model_config(11))
+    optimizer, scaler = optimizer_of(model, config(optimizer="muon")), torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for bad in (math.inf, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.transformer.wte.weight.grad[0, 0] = bad
+        scaler.scale(torch.ones(()))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert same(before, model.state_dict()) == (bad == math.inf)
+    assert scaler.get_scale() == 2.0
+
+
 def test_accumulation_changes_memory_not_learning(dataset):
     found = []
     for shares in (1, 4):
@@ -205,7 +295,7 @@ def test_the_model_is_compiled_as_one_graph_and_once(dataset, monkeypatch, proce
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         state = train.State(GPT(settings.model_config(65)), None, torch.amp.GradScaler(enabled=False), {})
-        state.optimizer = adamw(state.model, settings)
+        state.optimizer = optimizer_of(state.model, settings)
         model = train.parallel_and_compiled(state.model, settings, process)
         for state.step in range(4):
             train.train_step(model, state, tokens(), settings, process)
@@ -248,7 +338,7 @@ def step_loss(data, step=0, rank=0, world_size=2, **changes):
     torch.manual_seed(0)
     model = GPT(settings.model_config(data.vocab_size))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = train.State(model, adamw(model, settings), scaler, {}, step=step)
+    state = train.State(model, optimizer_of(model, settings), scaler, {}, step=step)
     state.model.no_sync = contextlib.nullcontext
     return train.train_step(model, state, data, settings, process)[0].item()
 
@@ -386,9 +476,10 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(dataset, capsys):
     assert best["best_val_loss"] == pytest.approx(found[step][1], abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_repeats_the_uninterrupted_run_bit_for_bit(dataset, capsys, dtype, monkeypatch):
-    train_here(dtype=dtype, max_iters=30, out_dir="whole")
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")])
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(dataset, capsys, dtype, optimizer, monkeypatch):
+    settings = {"dtype": dtype, "optimizer": optimizer, "max_iters": 30}
+    train_here(**settings, out_dir="whole")
     expected = losses(capsys.readouterr().out)
 
     class CrashError(Exception):
@@ -401,12 +492,12 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(dataset, capsys, dtype
 
     monkeypatch.setattr(train, "train_step", crashing)
     with pytest.raises(CrashError):
-        train_here(dtype=dtype, max_iters=30)
+        train_here(**settings)
     monkeypatch.undo()
     monkeypatch.chdir(dataset.parent.parent)
     torch.manual_seed(999)  # nothing may depend on what the process did before
     found = losses(capsys.readouterr().out)
-    train_here(dtype=dtype, max_iters=30)
+    train_here(**settings)
     output = capsys.readouterr().out
     assert "resuming from out/ckpt.pt at step 10\n" in output
     assert found | losses(output) == expected
