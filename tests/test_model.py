@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Bigram, GPTConfig, attention, dropout, for_inference, sample_token
+from model import GPT, Bigram, GPTConfig, PackedLinear, attention, dropout, for_inference, sample_token
 
 SMALL = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 REFERENCE = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False}
@@ -349,6 +349,11 @@ def test_packed_layers_compute_the_same(bias):
         torch.testing.assert_close(packed(idx)[0], plain(idx)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("place", [torch.bfloat16, torch.float16, torch.device("meta")])
+def test_only_float32_on_a_cpu_is_packed(gpt, place):  # not every CPU packs the others
+    assert not any(isinstance(module, PackedLinear) for module in for_inference(gpt.to(place), pack=True).modules())
+
+
 def test_a_long_text_is_written_with_packed_layers_and_a_layer_of_ones_own_is_not(gpt, idx, monkeypatch):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
@@ -365,6 +370,7 @@ def test_a_long_text_is_written_with_packed_layers_and_a_layer_of_ones_own_is_no
 
 def test_a_model_may_be_trained_while_it_writes(gpt, idx):
     """The tokens may also be trained on: outside of `stream` they are tensors like any other."""
+    assert for_inference(gpt, pack=True).transformer.wte.weight is gpt.transformer.wte.weight  # and takes no memory
     stream = gpt.train().stream(idx, 60, None, 0, None, None, None)
     next(stream)
     assert gpt.training and all(module.training for module in gpt.modules())
