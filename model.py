@@ -228,7 +228,10 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx: Tensor, max_new_tokens: int, stride: int | None = None, *choice: object) -> Iterator[Tensor]:
-        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` is passed to `sample_token`."""
+        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` is passed to `sample_token`.
+
+        The weights must not change until the last one. The tokens are inference tensors: to train on them, clone them.
+        """
         if not idx.size(1):
             raise ValueError("there must be at least one token to continue")
         block_size = self.config.block_size
@@ -296,15 +299,24 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def for_inference(model: LanguageModel, pack: bool) -> LanguageModel:
-    """A copy in eval mode that shares the weights; pack: linear layers in float32 on a CPU are packed."""
-    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
-    if pack and torch.backends.mkldnn.is_available():
-        for module in list(model.modules()):
-            for name, layer in module.named_children():
-                if type(layer) in (nn.Linear, LMHead) and layer.weight.dtype == torch.float32 and layer.weight.is_cpu:
-                    setattr(module, name, PackedLinear(layer))
-    return model
+def for_inference(module: nn.Module, pack: bool) -> nn.Module:
+    """A copy in eval mode that shares parameters, buffers and hooks.
+
+    pack: linear layers in float32 on a CPU are packed, which takes their memory once more.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if pack and type(module) in (nn.Linear, LMHead) and not hooks and packable(module.weight):
+        return PackedLinear(module)
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {name: child and for_inference(child, pack) for name, child in module._modules.items()}
+    return twin
+
+
+def packable(weight: Tensor) -> bool:
+    """Not every CPU packs other dtypes; under autocast, a packed layer would meet one."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not autocast
 
 
 class GPT(LanguageModel):

@@ -344,9 +344,6 @@ class State:
         groups = self.optimizer.state_dict()["param_groups"]  # hyperparameters are this config's
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
-        if isinstance(self.optimizer, Muon):
-            by_muon = self.optimizer.param_groups[-1]["params"]
-            moments[len(moments) - len(by_muon) :] = [{"step": torch.zeros(()), "exp_avg": p} for p in by_muon]
         expected = dict(enumerate(moments)) if checkpoint["step"] else {}
         if structure(checkpoint["optimizer"]["state"]) != structure(expected):
             raise ValueError("its optimizer state does not fit its weights")
@@ -409,7 +406,7 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
 
 
 def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
-    """Put the shape of the weights into `config`.
+    """Put the shape of the weights, and the optimizer of a run that is resumed, into `config`.
 
     Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
@@ -418,28 +415,26 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
     if crop and isinstance(model, GPT) and not resuming:
         model.crop(config.block_size)
     found = {**checkpoint.get("tokenizer", {}), **asdict(model.config), "model": type(model).__name__.lower()}
-    wanted = {name: getattr(config, name) for name in SHAPE if name in config.given}
+    settled = (*SHAPE, "optimizer") if resuming else SHAPE
+    wanted = {name: getattr(config, name) for name in settled if name in config.given}
     wanted |= {name: meta[name] for name in ("vocab_size", "chars", "json") if name in meta and name in found}
     if resuming:
         if "optimizer" not in checkpoint:
             raise ConfigError(f"{source} has no optimizer state: use --init_from={source} and another --out_dir")
         advice = f"; start a new run in another --out_dir, where --init_from={source} fine-tunes it, or overwrite it "
         advice += "with --init_from=scratch"
-        found |= {"init_from": checkpoint["config"].get("init_from")}
+        before = checkpoint["config"]
+        found |= {"init_from": before.get("init_from"), "optimizer": before.get("optimizer", "adamw")}
         if config.init_from not in STARTS:
             wanted["init_from"] = config.init_from
         elif found["init_from"] not in STARTS:
             config.init_from = found["init_from"]
-        found["optimizer"] = checkpoint["config"].get("optimizer", "adamw")
-        if "optimizer" in config.given:
-            wanted["optimizer"] = config.optimizer
-        config.optimizer = found["optimizer"]
         for name in ("sha256", "train_tokens"):  # the text and where it is split, unknown to older checkpoints
             if checkpoint.get(name) and name in meta:
                 found[name], wanted[name] = checkpoint[name], meta[name]
     if differences := changes(found, wanted):
-        raise ConfigError(f"{source} holds another model or text than asked for ({differences}){advice}")
-    for name in SHAPE:
+        raise ConfigError(f"{source} holds another model, text or optimizer than asked for ({differences}){advice}")
+    for name in settled:
         setattr(config, name, found[name])
 
 
@@ -452,39 +447,34 @@ def changes(old: dict, new: dict) -> str:
 def optimizer_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only: gains and biases have no reason to be small.
 
-    optimizer="muon": the matrices inside the blocks take Muon's step, computed in `dtype`.
+    optimizer="muon": the matrices inside the blocks take Muon's step, in `dtype` (float32 for float16: it underflows).
     """
-    muon, parameters = config.optimizer == "muon", dict(model.named_parameters())
-    by_muon = [name for name, p in parameters.items() if muon and ".h." in name and p.dim() == 2]
-    others = [p for name, p in parameters.items() if name not in by_muon]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        {"params": [parameters[name] for name in by_muon], "weight_decay": config.weight_decay, "dtype": dtype},
-    ]
-    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    # A fused step would decide by itself whether float16 has overflowed: Muon must know it, too.
-    return Muon(groups, **settings) if muon else torch.optim.AdamW(groups[:2], **settings, fused=True)
+    muon, decay, betas = config.optimizer == "muon", config.weight_decay, (config.beta1, config.beta2)
+    groups = [{"params": [], "weight_decay": each, "betas": betas} for each in (decay, 0.0, decay)]
+    for name, p in model.named_parameters():
+        groups[1 if p.dim() < 2 else 2 * (muon and ".h." in name)]["params"].append(p)
+    if not muon:
+        return torch.optim.AdamW(groups[:2], lr=config.learning_rate, fused=True)
+    groups[2] |= {"betas": (0.95, config.beta2), "dtype": torch.float32 if dtype == torch.float16 else dtype}
+    return Muon(groups, lr=config.learning_rate)  # not fused: the GradScaler must skip all of a step that overflows
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW for all parameters but the last group's, matrices, which take Muon's step (Jordan et al., 2024).
+    """AdamW, but the last group's matrices step along their momentum made orthogonal (Jordan et al., 2024).
 
-    Their momentum is made orthogonal, so that no direction dominates, and scaled to the size of AdamW's step, so that
-    the same learning rate fits (Liu et al., 2025).
+    No direction dominates then. A step is as large as AdamW's, so the same learning rate fits (Liu et al., 2025).
     """
 
     @torch.no_grad()
     def step(self) -> None:
-        matrices = self.param_groups.pop()
-        super().step()
-        self.param_groups.append(matrices)
+        matrices = self.param_groups[-1]
+        lr, matrices["lr"] = matrices["lr"], 0.0
+        super().step()  # of the matrices, it only updates the momentum
+        matrices["lr"] = lr
         for p in matrices["params"]:
-            self.state[p].setdefault("step", torch.zeros(()))  # AdamW asks for it when a state is loaded
-            momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-            update = orthogonal(p.grad.lerp(momentum, 0.95).to(matrices["dtype"]))  # Nesterov's momentum
-            p.mul_(1 - matrices["lr"] * matrices["weight_decay"])
-            p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * matrices["lr"])
+            nesterov = p.grad.lerp(self.state[p]["exp_avg"], matrices["betas"][0])
+            p.mul_(1 - lr * matrices["weight_decay"])
+            p.add_(orthogonal(nesterov.to(matrices["dtype"])), alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -492,10 +482,9 @@ def orthogonal(x: Tensor) -> Tensor:
     if x.size(0) > x.size(1):
         return orthogonal(x.T).T
     x = x / (x.norm() + 1e-7)
-    for _ in range(5):
+    for _ in range(5):  # x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, polynomial, x, beta=3.4445)  # 3.4445 x - 4.7750 gram x + 2.0315 gram^2 x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 

@@ -1,4 +1,4 @@
-# Tiny Shakespeare on a laptop: validation loss 1.598 in 54 s, on two cores of an AMD EPYC with bfloat16, torch 2.13.0.
+# Tiny Shakespeare on a laptop, in one minute.
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_cpu"
 
@@ -9,7 +9,8 @@ block_size = 64
 dropout = 0.0
 
 batch_size = 48
-max_iters = 1750
-learning_rate = 5e-3  # 8e-3 ended 0.02 higher
+max_iters = 2000
+optimizer = "muon"
+learning_rate = 5e-3
 min_lr = 0.0
 eval_interval = 250

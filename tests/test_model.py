@@ -368,17 +368,26 @@ def test_a_long_text_is_written_with_packed_layers_and_a_layer_of_ones_own_is_no
     assert len(packed) == 2 * 4 - 1 + 1
 
 
-def test_a_model_may_be_trained_while_it_writes(gpt, idx):
-    """The tokens may also be trained on: outside of `stream` they are tensors like any other."""
-    assert for_inference(gpt, pack=True).transformer.wte.weight is gpt.transformer.wte.weight  # and takes no memory
+def test_a_model_stays_in_training_while_it_writes_and_may_be_trained_on_its_text(gpt, idx):
     stream = gpt.train().stream(idx, 60, None, 0, None, None, None)
     next(stream)
-    assert gpt.training and all(module.training for module in gpt.modules())
+    assert all(module.training for module in gpt.modules())
     gpt(gpt.generate(idx, 60)[:, -16:], idx)[1].backward()
-    with torch.no_grad():
-        gpt.transformer.wpe.weight.zero_()
-    next(stream)
     assert gpt.transformer.wte.weight.grad.abs().sum() > 0
+    next(stream)
+
+
+def test_a_copy_for_inference_shares_parameters_and_hooks(gpt, idx):
+    copied, called = for_inference(gpt, pack=False), []
+    assert [id(parameter) for parameter in copied.parameters()] == [id(parameter) for parameter in gpt.parameters()]
+    gpt.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: called.append(1))
+    gpt.generate(idx[:, :1], 50)
+    assert len(called) == 50  # although packed layers have none
+
+
+def test_under_autocast_nothing_is_packed(gpt, idx):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gpt.generate(idx, 60).shape == (3, 76)
 
 
 def test_a_model_in_training_writes_without_dropout(idx):

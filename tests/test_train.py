@@ -191,13 +191,15 @@ def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset):
     assert float(rows()[-1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 32)])
-def test_muon_takes_the_step_of_torchs_own(shape):
+def test_muon_takes_the_step_of_torchs_own(shape, dtype):
+    """Bit for bit in bfloat16, in which torch's always computes."""
     torch.manual_seed(0)
     matrix, vector = (torch.nn.Parameter(torch.randn(size)) for size in (shape, shape[:1]))
     copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in (matrix, vector)]
     settings = {"lr": 0.01, "weight_decay": 0.1}
-    ours = train.Muon([{"params": [vector]}, {"params": [matrix], "dtype": torch.bfloat16}], **settings)
+    ours = train.Muon([{"params": [vector]}, {"params": [matrix], "betas": (0.95, 0.9), "dtype": dtype}], **settings)
     muon = torch.optim.Muon(copies[:1], **settings, adjust_lr_fn="match_rms_adamw")  # Liu et al.'s scale
     theirs = [muon, torch.optim.AdamW(copies[1:], **settings)]
     before = matrix.detach().clone()
@@ -207,7 +209,9 @@ def test_muon_takes_the_step_of_torchs_own(shape):
             copy.grad = parameter.grad.clone()
         for optimizer in (ours, *theirs):
             optimizer.step()
-    assert same([matrix, vector], copies)
+    if dtype == torch.bfloat16:
+        assert same([matrix, vector], copies)
+    torch.testing.assert_close(matrix, copies[0], rtol=0, atol=0.002)
     assert (matrix - before).abs().mean() > 0.001
 
 
@@ -224,17 +228,11 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
 
 def test_a_run_keeps_its_optimizer(dataset, capsys):
     train_here(optimizer="muon", max_iters=10)
-    assert {"step", "exp_avg"} in [set(state) for state in checkpoint()["optimizer"]["state"].values()]
     train_here(max_iters=12)  # a key that is not given follows the checkpoint
     assert "changed since: max_iters 10 -> 12\n" in capsys.readouterr().out
     assert checkpoint()["config"]["optimizer"] == "muon"
     with pytest.raises(ConfigError, match=r"optimizer 'muon' -> 'adamw'"):
         train_here(optimizer="adamw", max_iters=14)
-    old = checkpoint()
-    old["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    torch.save(old, "out/ckpt.pt")
-    with pytest.raises(UserError, match="its optimizer state does not fit its weights"):
-        train_here(max_iters=14)
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_is_adamws(dataset, capsys):
@@ -574,7 +572,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(dataset, changes, dif
     before = checkpoint()
     with pytest.raises(ConfigError) as error:
         train_here(**changes, max_iters=30)
-    assert str(error.value).startswith("out/ckpt.pt holds another model or text than asked for (")
+    assert str(error.value).startswith("out/ckpt.pt holds another model, text or optimizer than asked for (")
     assert difference in str(error.value)
     assert same(checkpoint(), before)
 
@@ -589,8 +587,8 @@ def test_another_text_under_a_running_model_is_refused(dataset, capsys):
     with pytest.raises(ConfigError) as error:
         train_here(max_iters=30)
     assert re.fullmatch(
-        r"out/ckpt.pt holds another model or text than asked for \(sha256 '.*' -> '.*'\); .*another --out_dir.* "
-        r"--init_from=out/ckpt.pt.*",
+        r"out/ckpt.pt holds another model, text or optimizer than asked for \(sha256 '.*' -> '.*'\); "
+        r".*another --out_dir.* --init_from=out/ckpt.pt.*",
         str(error.value),
     )
     assert same(checkpoint(), before)
