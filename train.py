@@ -433,7 +433,7 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
             if checkpoint.get(name) and name in meta:
                 found[name], wanted[name] = checkpoint[name], meta[name]
     if differences := changes(found, wanted):
-        raise ConfigError(f"{source} holds another model, text or optimizer than asked for ({differences}){advice}")
+        raise ConfigError(f"{source} holds another model or text or optimizer than asked for ({differences}){advice}")
     for name in settled:
         setattr(config, name, found[name])
 

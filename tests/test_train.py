@@ -572,7 +572,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(dataset, changes, dif
     before = checkpoint()
     with pytest.raises(ConfigError) as error:
         train_here(**changes, max_iters=30)
-    assert str(error.value).startswith("out/ckpt.pt holds another model, text or optimizer than asked for (")
+    assert str(error.value).startswith("out/ckpt.pt holds another model or text or optimizer than asked for (")
     assert difference in str(error.value)
     assert same(checkpoint(), before)
 
@@ -587,7 +587,7 @@ def test_another_text_under_a_running_model_is_refused(dataset, capsys):
     with pytest.raises(ConfigError) as error:
         train_here(max_iters=30)
     assert re.fullmatch(
-        r"out/ckpt.pt holds another model, text or optimizer than asked for \(sha256 '.*' -> '.*'\); "
+        r"out/ckpt.pt holds another model or text or optimizer than asked for \(sha256 '.*' -> '.*'\); "
         r".*another --out_dir.* --init_from=out/ckpt.pt.*",
         str(error.value),
     )
