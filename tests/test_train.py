@@ -224,6 +224,14 @@ def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     assert {p.dim() for p in vectors} == {1}
     assert len(embeddings) + len(vectors) + len(matrices) == len(list(model.parameters()))
     assert [group["weight_decay"] for group in muon.param_groups] == [0.1, 0.0, 0.1]
+    assert [group["betas"] for group in muon.param_groups] == [(0.9, 0.99), (0.9, 0.99), (0.95, 0.99)]
+
+
+def test_muon_computes_in_the_dtype_of_the_run_but_for_float16():
+    model = GPT(config().model_config(11))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    groups = [optimizer_of(model, config(optimizer="muon"), dtype).param_groups[-1] for dtype in dtypes]
+    assert [group["dtype"] for group in groups] == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_a_run_keeps_its_optimizer(dataset, capsys):
