@@ -425,6 +425,8 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
         advice += "with --init_from=scratch"
         before = checkpoint["config"]
         found |= {"init_from": before.get("init_from"), "optimizer": before.get("optimizer", "adamw")}
+        if wanted.get("optimizer", found["optimizer"]) != found["optimizer"]:
+            advice += f", or resume it with --optimizer={found['optimizer']}"
         if config.init_from not in STARTS:
             wanted["init_from"] = config.init_from
         elif found["init_from"] not in STARTS:
