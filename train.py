@@ -5,7 +5,7 @@ One idea: step k of a run is a pure function of (weights, optimizer state, confi
 its last checkpoint (bit for bit on a CPU), one process and eight see the same batches, and losses can be compared.
 
     python train.py                                          the reference model on Tiny Shakespeare
-    python train.py config/shakespeare_char_cpu.py           a small one, two minutes on a laptop
+    python train.py config/shakespeare_char_cpu.py           a small one, a minute or two on a laptop
     torchrun --nproc_per_node=8 train.py --n_layer=12        many GPUs, other values
 """
 

@@ -1,6 +1,6 @@
 """Measure the speed, against what this machine can do and, where you have a checkout of it, against nanoGPT.
 
-    python tests/benchmark.py                                         what needs no other checkout, in ten minutes
+    python tests/benchmark.py                                         what needs no other checkout
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
     python tests/benchmark.py --peer=../nanoGPT > tests/benchmark.md  side by side, into the file
     python tests/benchmark.py --only=recipes                          the CPU recipes, whole: 1 and 10 minutes

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Bigram, GPTConfig, PackedLinear, attention, dropout, for_inference, sample_token
+from model import GPT, WORTH_PACKING, Bigram, GPTConfig, PackedLinear, attention, dropout, for_inference, sample_token
 
 SMALL = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 REFERENCE = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False}
@@ -362,9 +362,9 @@ def test_a_long_text_is_written_with_packed_layers_and_a_layer_of_ones_own_is_no
     packed = []
     monkeypatch.setattr("model.PackedLinear", lambda layer: packed.append(layer) or layer)
     gpt.transformer.h[1].mlp.c_fc = Doubled(32, 128)
-    gpt.generate(idx, 49)
+    gpt.generate(idx, WORTH_PACKING - 1)
     assert packed == []
-    gpt.generate(idx, 50)
+    gpt.generate(idx, WORTH_PACKING)
     assert len(packed) == 2 * 4 - 1 + 1
 
 
