@@ -672,7 +672,7 @@ class Log:
         if self.process.rank == 0:
             progress.show(f"{text}eta {timedelta(seconds=round(left))}")
         if len(self.pace) == 4 and left > 3600 and self.process.device.type == "cpu":
-            small = "python train.py config/shakespeare_char_cpu.py takes two minutes"
+            small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
             self.process.say(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
         return metrics
 

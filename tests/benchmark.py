@@ -3,7 +3,7 @@
     python tests/benchmark.py                                         what needs no other checkout
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
     python tests/benchmark.py --peer=../nanoGPT > tests/benchmark.md  side by side, into the file
-    python tests/benchmark.py --only=recipes                          the CPU recipes, whole: 1 and 10 minutes
+    python tests/benchmark.py --only=recipes                          the CPU recipes, whole: 1, 10 and 40 minutes
     python tests/benchmark.py --only=gpu                              on a GPU: steps, memory, MFU, a whole training
 
 For a machine with nothing else to do: it measures on the CPU, or on one GPU, in turns. Progress goes to stderr, the
@@ -231,7 +231,7 @@ def loss(bench: Bench) -> list[Row]:
 def recipes(bench: Bench) -> list[Row]:
     """The recipes for a CPU, each to its end, each repeat with another seed."""
     rows = []
-    for name in ("shakespeare_char_cpu", "shakespeare_char_cpu_10min"):
+    for name in ("shakespeare_char_cpu", "shakespeare_char_cpu_10min", "shakespeare_char_cpu_40min"):
         ended = [whole(bench, name, f"--seed={seed}") for seed in range(1, bench.repeats + 1)]
         seconds, losses = zip(*ended, strict=True)
         rows.append(Row(f"{name}.py, whole, to validation loss {spread(losses)}", list(seconds)))

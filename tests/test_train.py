@@ -808,7 +808,7 @@ def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, c
         state.step += 1
         log.since -= seconds
         log.write(state.step, log.measure(2.0, 1.0))
-    small = "python train.py config/shakespeare_char_cpu.py takes two minutes"
+    small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
     assert f"this will take about 10.0 hours on this CPU; {small}\n" == capsys.readouterr().out
 
 
