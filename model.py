@@ -73,9 +73,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor
     """softmax(q k^T / sqrt(head_size), future masked) v, written out; all are (B, n_head, T, head_size).
 
     Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise grow
-    with head_size and push the softmax towards one-hot. CPUs train so in bfloat16 or with dropout: forward and backward
-    take half the time of torch's fused call, with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), for the memory of
-    B * n_head matrices of T x T; in float32 without dropout they would take a tenth more.
+    with head_size and push the softmax towards one-hot. For training on CPUs in bfloat16 or with dropout: forward and
+    backward take half the time of torch's fused call, with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), but keep
+    B * n_head matrices of T x T in memory. In float32 without dropout they would take a tenth more.
     """
     B, n_head, T, head_size = q.shape
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where a token may look
@@ -87,8 +87,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero a share `p` of x and enlarge the rest, so that the mean stays (Srivastava et al., 2014).
 
-    For a CPU, torch draws a number for each value; 16 bits of chance each, drawn four at a time, take a third of its
-    time, forward and backward together (16 x 6 x 256 x 256), and so round p to a multiple of 2^-16.
+    On a CPU, torch draws a number for each value. Here each has 16 random bits, drawn for four values at once: a third
+    of the time, forward and backward together (16 x 6 x 256 x 256). p is rounded to a multiple of 2^-16.
     """
     if not p or x.device.type != "cpu" or torch.compiler.is_compiling():  # a compiler fuses its own
         return F.dropout(x, p)
@@ -175,9 +175,9 @@ class LanguageModel(nn.Module):
         """Predict every next token.
 
         `idx` and `targets` are token ids (B, T), T at most block_size; the targets are the inputs shifted by one, so
-        that every position is an exercise. Returns the logits (B, T, vocab_size) and the mean cross-entropy in nats
-        per token, or None without targets. need_logits=False: None and the same loss, computed a few sequences at a
-        time: of a large vocabulary, neither logits nor their gradients are then all in memory at once.
+        that every position is a training example. Returns the logits (B, T, vocab_size) and the mean cross-entropy in
+        nats per token, or None without targets. need_logits=False: None and the same loss, computed a few sequences at
+        a time: of a large vocabulary, neither logits nor their gradients are then all in memory at once.
         """
         x = self.hidden(idx)
         if targets is None or need_logits:

@@ -71,7 +71,8 @@ class PrepareConfig:
         if self.tokenizer == "auto":
             self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
         if self.tokenizer not in ("char", "bpe", "gpt2"):
-            tokenizer_facts(Path(self.tokenizer))
+            with explained(f"--tokenizer={self.tokenizer} is not usable", kind=ConfigError):
+                tokenizer_facts(Path(self.tokenizer))
         if self.vocab_size and self.tokenizer != "bpe":
             raise ValueError(f"vocab_size needs --tokenizer=bpe, found --tokenizer={self.tokenizer}")
         if self.input and self.url:

@@ -1,7 +1,7 @@
 """Generate text with a trained model: a checkpoint and a prompt in, text out.
 
-Reads the model's folder and nothing else: a checkpoint carries its tokenizer. train.py, too, opens models by
-`open_model`.
+A checkpoint carries its tokenizer, so the model's folder is all that is needed; only for nanoGPT's checkpoints,
+data/<dataset>/meta.json is read, too. train.py also opens models by `open_model`.
 
     python sample.py --out_dir=out --start="ROMEO:"
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=5 --temperature=0.8
@@ -104,7 +104,7 @@ def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
         return torch.tensor([[first_token(tokenizer)]])
     try:
         if start.startswith("FILE:"):
-            text = Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode()
+            text = Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8-sig")
         else:
             text = start.replace("\\n", "\n")  # as one types a line break in a shell
         return encoded(text, tokenizer)

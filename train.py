@@ -86,7 +86,7 @@ class TrainConfig:
     warmup_iters: int = key(100, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters", least=1)
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
-    max_iters: int = key(5000, "optimizer steps", least=1)
+    max_iters: int = key(5000, "optimizer steps", least=1, most=10**9)
     weight_decay: float = key(0.1, "weight decay, on matrices only", least=0)
     beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients", least=0, below=1)
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
@@ -95,7 +95,7 @@ class TrainConfig:
     eval_interval: int = key(250, "steps between evaluations, each of which writes a checkpoint", least=1)
     eval_iters: int = key(0, "batches of each evaluation; 0: the whole validation split", least=0)
     eval_only: bool = key(False, "evaluate once and end, writing nothing")
-    log_interval: int = key(10, "steps between progress lines", least=1)
+    log_interval: int = key(10, "steps between rows of log.csv", least=1)
 
     seed: int = key(1337, "of initial weights, batches and dropout", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
@@ -147,8 +147,9 @@ def main(argv: list[str]) -> int | None:
         model = parallel_and_compiled(state.model, config, process)
         log = Log(config, state, process)
         if state.step == 0 or config.eval_only:
-            log.write(state.step, evaluation(state, splits, config, process))
+            metrics = evaluation(state, splits, config, process)
             state.save("ckpt.pt", config, process)
+            log.write(state.step, metrics)
         pending = []  # loss and gradient norm of each step since the last report: no step waits for the device
         with StopSignals() as signals:
             max_iters = 0 if config.eval_only else config.max_iters
@@ -172,6 +173,7 @@ def main(argv: list[str]) -> int | None:
                     log.write(state.step, metrics)
                 if evaluating:  # after the log: a killed run drops rows past its checkpoint, and misses none
                     state.save("ckpt.pt", config, process)
+                    log.since = time.perf_counter()  # saving is not training
         process.largest(0)  # nobody leaves while another one still writes
     if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
@@ -677,7 +679,7 @@ class Log:
         return metrics
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add the metrics of a step to log.csv and TensorBoard; what was done until now does not count as its speed."""
+        """Add the metrics of a step to log.csv and TensorBoard, and restart the clock that measures the speed."""
         if self.path:
             row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
             with open(self.path, "a") as file:
@@ -704,7 +706,8 @@ def rows_until(step: int, path: Path) -> list[dict[str, str]]:
     In older logs the batch's loss is called train_loss, and an evaluation has a row of its own: they are merged.
     """
     rows = {}
-    header, *lines = path.read_text(errors="replace").splitlines() if step and path.exists() else [""]
+    text = path.read_text(errors="replace") if step and path.exists() else ""
+    header, *lines = text.splitlines() or [""]
     for line in lines:
         with suppress(KeyError, ValueError):
             row = dict(zip(header.split(","), line.split(","), strict=True))

@@ -81,7 +81,7 @@ def key(default: Any, meaning: str, **limits: float) -> Any:
 def read(schema: type[T], argv: list[str]) -> T:
     """Build `schema` from its defaults, the recipes and the --key=value in `argv`. Raises ConfigError.
 
-    The result's attribute `given` holds the names of the keys that are not defaults.
+    The result's attribute `given` holds the names of the keys that a recipe or the command sets.
     """
     keys = get_type_hints(schema)
     options, rest = parser_of(schema).parse_known_args(argv)
@@ -236,7 +236,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def say(error: UserError | OSError) -> int:
-    """Print the error, a UserError once per machine, for all its processes meet it; returns the exit status."""
+    """Print the error and return the exit status. All processes of a machine meet a UserError: the first prints it."""
     if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
         put(f"{ERASE_LINE * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {' '.join(str(error).split())}\n", sys.stderr)
     else:
@@ -252,7 +252,7 @@ def show(text: str) -> None:
 
 
 class Progress:
-    """How far something is, on stderr: two lines a second that replace each other on a terminal, else one in 5 s."""
+    """Progress on stderr: on a terminal one line, rewritten at most twice a second, else at most a line every 5 s."""
 
     def __init__(self):
         self.shown = -math.inf  # when the last one was

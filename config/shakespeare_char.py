@@ -1,5 +1,5 @@
 # The reference run: 10.7M parameters on Tiny Shakespeare, for one GPU. Not measured on one yet; on two CPU cores with
-# --max_iters=2000, validation loss 1.457 in under three hours; nanoGPT reports 1.4697 for the same model and settings.
+# --max_iters=2000, validation loss 1.457 (at step 1750) in under three hours. nanoGPT reports 1.4697 for this model.
 # Every value equals the default of train.py.
 dataset = "shakespeare_char"
 out_dir = "out"

@@ -212,7 +212,8 @@ def test_a_tokenizer_that_loses_text_is_refused(folder):
     [
         (None, "there is no tokenizer their.json"),
         ("{}", r"not usable \(Exception: "),
-        ("not JSON", "Expecting value"),
+        ("not JSON", r"not usable \(JSONDecodeError: Expecting value"),
+        ("5", r"not usable \(TypeError: "),
         ('{"tokenizer": "char", "vocab_size": 3, "chars": "ab"}', "chars must be as many different characters"),
         ("large", "it has 65,537 tokens; uint16 can tell 65,536 apart"),
     ],

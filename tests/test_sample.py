@@ -96,6 +96,8 @@ def test_the_prompt_may_come_from_a_file_and_be_longer_than_the_context(trained,
     text = say(capsys, "--start=FILE:prompt.txt")
     assert text == say(capsys, "--start=the king and queen of this fair land")
     assert text.startswith("the king and queen of this fair land")
+    (trained / "prompt.txt").write_text("\ufeffthe king and queen of this fair land")  # as Windows' editors save it
+    assert text == say(capsys, "--start=FILE:prompt.txt")
 
 
 def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -755,6 +756,27 @@ def test_torn_and_damaged_rows_of_the_log_are_dropped(dataset):
         file.write(b"25,abc,,,,,,\n\xff\n" + bytes(200_000) + b'\n11,"\n12,3.1,2.')
     train_here(max_iters=20)
     assert rows() == expected
+    Path("out/log.csv").write_text("")
+    train_here(max_iters=21)
+    assert [int(row["step"]) for row in rows()] == [21]
+
+
+def test_saving_does_not_count_as_training(dataset, monkeypatch):
+    clock, step, save = [0], train.train_step, train.State.save
+
+    def timed(work, seconds):
+        def worked(*arguments):
+            clock[0] += seconds
+            return work(*arguments)
+
+        return worked
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "train_step", timed(step, 1))
+    monkeypatch.setattr(train.State, "save", timed(save, 100))
+    train_here(max_iters=10, eval_interval=5, log_interval=1)
+    speed = {row["tokens_per_second"] for row in rows()[1:]}
+    assert len(rows()) == 11 and len(speed) == 1, speed
 
 
 def test_an_older_log_is_brought_into_form(dataset):
