@@ -86,7 +86,7 @@ class TrainConfig:
     warmup_iters: int = key(100, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters", least=1)
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
-    max_iters: int = key(5000, "optimizer steps", least=1, most=10**9)
+    max_iters: int = key(5000, "optimizer steps", least=1)
     weight_decay: float = key(0.1, "weight decay, on matrices only", least=0)
     beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients", least=0, below=1)
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
