@@ -167,7 +167,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What GPT and Bigram share: the loss, and writing. A subclass has `hidden`, `lm_head` and `config`."""
+    """What GPT and Bigram share: the loss and generation. A subclass has `hidden`, `lm_head` and `config`."""
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, need_logits: bool = True
@@ -230,7 +230,7 @@ class LanguageModel(nn.Module):
     def stream(self, idx: Tensor, max_new_tokens: int, stride: int | None = None, *choice: object) -> Iterator[Tensor]:
         """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` is passed to `sample_token`.
 
-        The weights must not change until the last one. The tokens are inference tensors: to train on them, clone them.
+        Weights must not change before the last token. The tokens are inference tensors: to train on them, clone them.
         """
         if not idx.size(1):
             raise ValueError("there must be at least one token to continue")
@@ -314,7 +314,7 @@ def for_inference(module: nn.Module, pack: bool) -> nn.Module:
 
 
 def packable(weight: Tensor) -> bool:
-    """Not every CPU packs other dtypes; under autocast, a packed layer would meet one."""
+    """float32 only: few CPUs pack other dtypes, and autocast would pass one in."""
     autocast = torch.is_autocast_enabled("cpu")
     return weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not autocast
 

@@ -42,7 +42,7 @@ MAX_VOCAB_SIZE = 2**16
 PIECE = 2**20  # bytes of text in memory at a time
 PART = 2**14  # characters that one thread encodes at a time
 LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
-# Texts are divided where a word ends, before a blank: the tokens of the parts are those of the whole.
+# Texts are divided where a word ends, before a space: the tokens of the parts are those of the whole.
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
@@ -167,7 +167,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         except requests.RequestException as error:
             problem = f"the connection failed {attempt + 1} times ({type(error).__name__})"
     raise UserError(
-        f"cannot download {url}: {problem}. Three ways on: put the file at {path}; or python prepare.py "
+        f"cannot download {url}: {problem}. Either put the file at {path}; or python prepare.py "
         f"--dataset={path.parent.name} --input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
     )
 
@@ -227,7 +227,7 @@ def count_characters(path: Path) -> np.ndarray:
 def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_train: int) -> dict[str, Any]:
     """Write train.bin, of the first `n_train` characters, and val.bin, then input.txt; returns facts of them.
 
-    The text is split, not the tokens: all tokenizers hold back the same text, and bits per byte of two compare.
+    The text is split, not the tokens: all tokenizers hold back the same text, so their bits per byte are comparable.
     """
     folder = dataset_folder(config.dataset)
     n_tokens, val_bytes, digest = {"train": 0, "val": 0}, 0, hashlib.sha256()
@@ -238,7 +238,7 @@ def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_tra
             for split, file, part in (("train", train, piece[:n_train]), ("val", val, held_back)):
                 with explained(f"{text} cannot be written in these tokens"):
                     ids = tokenizer.encode(part)
-                    # Some tokenizers drop the very first blank.
+                    # Some tokenizers drop the very first space.
                     if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != part.lstrip(" "):
                         raise ValueError("decoding them does not return it")
                 file.write(ids)
@@ -413,7 +413,7 @@ def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=32,  # bytes; in a text without blanks, tokens would otherwise be whole passages
+        max_token_length=32,  # bytes; in a text without spaces, tokens would otherwise be whole passages
         show_progress=sys.stderr.isatty(),
     )
     pieces = itertools.islice(read_pieces(path), 0, None, 1 + path.stat().st_size // LEARN_FROM)
@@ -468,7 +468,7 @@ def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of tokens as they come; a character may take several of them."""
 
     def text_after(before: list[int], new: list[int]) -> str:
-        # Decoded together, for some tokenizers drop the blank of the very first token.
+        # Decoded together, for some tokenizers drop the space of the very first token.
         together, before = (tokenizer.decode(np.array(tokens, TOKEN)) for tokens in (before + new, before))
         return together[len(before) :]
 
@@ -493,8 +493,8 @@ def load_meta(dataset: str) -> dict:
         meta = json.loads(path.read_bytes())
         if meta["tokenizer"] == "char":  # any other one is only needed when there is a text to encode
             tokenizer_of(meta)
-        for name, limit in (("vocab_size", MAX_VOCAB_SIZE), ("val_bytes", 2**63)):
-            value = meta.get(name, 1)  # val_bytes: unknown for tokens that were not made here
+        val_bytes = meta.get("val_bytes", 1)  # unknown for tokens that were not made here
+        for name, value, limit in (("vocab_size", meta["vocab_size"], MAX_VOCAB_SIZE), ("val_bytes", val_bytes, 2**63)):
             if type(value) is not int or not 0 < value <= limit:
                 raise ValueError(f"{name} must be from 1 to {limit}, found {value}")
         return meta

@@ -42,7 +42,7 @@ from prepare import (
 MODELS = {"gpt": GPT, "bigram": Bigram}
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json and a checkpoint say of it
-RESTORE = "; restore it from a copy, or train anew in another --out_dir; of a Hugging Face model, name the folder"
+RESTORE = "; restore a copy, or train in another --out_dir; for a Hugging Face model, name its folder"
 
 
 @dataclass
@@ -54,16 +54,16 @@ class SampleConfig:
         None, "instead of out_dir's: gpt2, gpt2-medium, ..., a folder in Hugging Face's format, a checkpoint"
     )
     save_pretrained: str | None = key(None, "write the model to this folder in Hugging Face's format, and no text")
-    start: str | None = key(None, "the text to continue, or FILE:path of one; None: a newline, else token 0")
+    start: str | None = key(None, "text to continue (\\n: newline), or FILE:path of it; None: a newline, else token 0")
     num_samples: int = key(1, "continuations, generated as one batch", least=1)
     max_new_tokens: int = key(500, "tokens in each of them", least=1)
     temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token", least=0)
     top_k: int | None = key(None, "choose among the k likeliest tokens only", least=1)
-    top_p: float | None = key(None, "choose among the fewest tokens of this probability together", above=0, most=1)
+    top_p: float | None = key(None, "choose among the fewest tokens with this total probability", above=0, most=1)
     seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "of the weights as they sample; auto: bfloat16 on cuda, or float16 where a card has none, else float32"
+        "auto", "of the weights; auto: bfloat16 on cuda (float16 where a card lacks it), elsewhere float32"
     )
 
     def __post_init__(self):
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
     idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     if device.index:
-        torch.cuda.set_device(device)  # whose dtypes count
+        torch.cuda.set_device(device)  # choose_dtype asks about this one
     model.to(device, choose_dtype(config.dtype, device))
     generator = torch.Generator(device).manual_seed(config.seed)
     stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)

@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int | None:
                 if stop or logging or showing:
                     loss, grad_norm = latest(pending, state, config, process)  # raises where one is not finite
                     pending.clear()
-                if stop:  # before anything is printed
+                if stop:  # first of all: SIGKILL may follow
                     state.save("ckpt.pt", config, process)
                 if logging or showing:
                     metrics = log.measure(loss, grad_norm)
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int | None:
                 if evaluating:  # after the log: a killed run drops rows past its checkpoint, and misses none
                     state.save("ckpt.pt", config, process)
                     log.since = time.perf_counter()  # saving is not training
-        process.largest(0)  # nobody leaves while another one still writes
+        process.largest(0)  # a barrier: rank 0 may still be writing
     if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
@@ -283,7 +283,7 @@ def evaluation(state: State, splits: dict[str, Tokens], config: TrainConfig, pro
 def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
     """Mean loss, in nats a token, of predicting tokens 1 to `n_tokens` of a split, in consecutive blocks.
 
-    The processes share the blocks. The model is the one that is not compiled: each new shape would compile anew.
+    The processes share the blocks. The model is the uncompiled one: each new shape would be compiled anew.
     """
     n_tokens = min(n_tokens, len(tokens) - 1)
     length = config.block_size
@@ -423,8 +423,8 @@ def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoi
     if resuming:
         if "optimizer" not in checkpoint:
             raise ConfigError(f"{source} has no optimizer state: use --init_from={source} and another --out_dir")
-        advice = f"; start a new run in another --out_dir, where --init_from={source} fine-tunes it, or overwrite it "
-        advice += "with --init_from=scratch"
+        advice = f"; use another --out_dir, where --init_from={source} fine-tunes these weights, or overwrite this "
+        advice += "run with --init_from=scratch"
         before = checkpoint["config"]
         found |= {"init_from": before.get("init_from"), "optimizer": before.get("optimizer", "adamw")}
         if wanted.get("optimizer", found["optimizer"]) != found["optimizer"]:
@@ -587,8 +587,8 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
     """The same weights, for training: kernels fused, gradients averaged over the processes.
 
-    In this order, for torch.compile would have to break the graph in DistributedDataParallel's own code. It still
-    divides the model's graph where gradients fill a bucket, so that all-reduce and backward pass overlap.
+    Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. It still divides the
+    model's graph where gradients fill a bucket, so that all-reduce and backward pass overlap.
     """
     if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
         try:
@@ -687,7 +687,7 @@ class Log:
         if self.writer:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
-            if "val_loss" in metrics:  # indented, it is shown as it is, not as Markdown
+            if "val_loss" in metrics:  # indented: Markdown shows it verbatim
                 self.writer.add_text("sample", "    " + self.sample().replace("\n", "\n    "), step)
             self.writer.flush()
         self.since, self.since_step = time.perf_counter(), step
@@ -726,7 +726,7 @@ def flops_per_token(model: LanguageModel, block_size: int) -> int:
 
 
 def peak_flops(process: Process) -> float | None:
-    """What all processes' devices can do in a second at best, where that is known."""
+    """Peak FLOP/s of all processes' devices together; None where unknown."""
     if process.device.type != "cuda" or process.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(process.device)

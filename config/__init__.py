@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from operator import ge, gt, le, lt
@@ -36,7 +36,7 @@ OUT_OF_MEMORY = "MemoryError|out of memory|allocate memory|bad_alloc"
 # What torch raises when something outside the program fails, and what to tell the user.
 BREAKDOWNS = {
     OUT_OF_MEMORY: "out of memory; try a smaller batch, model or context",
-    "closed by peer|reset by peer|Broken pipe|Timed out waiting": "another process of this run has ended; "
+    "closed by peer|reset by peer|Broken pipe|Timed out waiting": "another process of this run has exited; "
     "--init_from=auto resumes from the last checkpoint",
 }
 ERASE_LINE = "\r\033[K"
@@ -83,16 +83,15 @@ def read(schema: type[T], argv: list[str]) -> T:
 
     The result's attribute `given` holds the names of the keys that a recipe or the command sets.
     """
-    keys = get_type_hints(schema)
+    keys, other_names = get_type_hints(schema), getattr(schema, "other_names", {})
     options, rest = parser_of(schema).parse_known_args(argv)
     values = {}
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            hint = getattr(schema, "other_names", {}).get(name.lstrip("-"))
-            hint = f": {hint}" if hint else did_you_mean(name.lstrip("-"), keys, "--")
-            raise ConfigError(f"unknown key {name}{hint}; --help lists them all")
-        values |= recipe(word, keys)
+            hint = meant(name.lstrip("-"), keys, other_names, "--") or "; --help lists them all"
+            raise ConfigError(f"unknown key {name}{hint}")
+        values |= recipe(word, keys, other_names)
     values |= {name: convert(text, keys[name], f"--{name}") for name, text in vars(options).items()}
     for field in dataclasses.fields(schema):
         value, limits = values.get(field.name), field.metadata["limits"]
@@ -134,7 +133,7 @@ def parser_of(schema: type) -> Parser:
     return parser
 
 
-def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
+def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> dict[str, Any]:
     """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business.
 
     `_after = "NAME.py"` names the recipe beside it that it starts from.
@@ -160,12 +159,13 @@ def recipe(path: str, keys: dict[str, Any]) -> dict[str, Any]:
             own.add(statement.name)
     if unknown := names.keys() - own - keys.keys():
         name = min(unknown)
-        raise ConfigError(f"{path}: unknown key {name}{did_you_mean(name, keys) or '; names of your own begin with _'}")
+        hint = meant(name, keys, other_names) or "; names of your own begin with _"
+        raise ConfigError(f"{path}: unknown key {name}{hint}")
     values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
     if "_after" not in names:
         return values
     try:
-        return recipe(str(Path(path).with_name(names["_after"])), keys) | values
+        return recipe(str(Path(path).with_name(names["_after"])), keys, other_names) | values
     except (TypeError, ValueError, RecursionError):
         raise ConfigError(f"{path}: _after must name another recipe beside it, found {names['_after']!r}") from None
 
@@ -195,6 +195,11 @@ def options(kind: Any) -> list:
 def describe(kind: Any) -> str:
     *most, last = (TYPE_NAMES.get(option, option) for option in options(kind))
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def meant(name: str, keys: Iterable[str], other_names: Mapping[str, str], prefix: str = "") -> str:
+    """What to do about a key that does not exist; `other_names` are keys of other programs."""
+    return f": {other_names[name]}" if name in other_names else did_you_mean(name, keys, prefix)
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -1,3 +1,4 @@
+import hashlib
 import re
 import signal
 import subprocess
@@ -13,6 +14,11 @@ import train
 from prepare import PrepareConfig
 
 REPOSITORY = Path(__file__).parent.parent
+COPIES = [REPOSITORY.parent / "shared" / "tinyshakespeare", REPOSITORY / "data" / "shakespeare_char"]
+SHAKESPEARE = next(  # the real text, where it is at hand: README's first training downloads it
+    (path for path in (copy / "input.txt" for copy in COPIES) if path.exists()
+     and hashlib.sha256(path.read_bytes()).hexdigest() == prepare.SHAKESPEARE_SHA256), None,
+)  # fmt: skip
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script ignores in the background
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 WORDS = [

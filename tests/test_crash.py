@@ -260,7 +260,7 @@ def test_when_one_process_is_killed_the_other_ends_with_one_line(dataset):
         _, errors = first.communicate(timeout=60)
     assert first.returncode == 1
     assert [line for line in errors.splitlines() if line.startswith("train.py:")] == [
-        "train.py: another process of this run has ended; --init_from=auto resumes from the last checkpoint"
+        "train.py: another process of this run has exited; --init_from=auto resumes from the last checkpoint"
     ]
     assert "Traceback" not in errors
 
@@ -279,7 +279,7 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_all(dataset):
         errors = [process.communicate(timeout=60)[1] for process in (first, second)]
     assert first.returncode == second.returncode == 1
     assert re.search(r"^-c: data/shakespeare_char/\w+.bin has token id \d+; the vocabulary has", errors[1], re.M)
-    assert "-c: another process of this run has ended; --init_from=auto resumes" in errors[0]
+    assert "-c: another process of this run has exited; --init_from=auto resumes" in errors[0]
     assert "Traceback" not in "".join(errors)
 
 

@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, command, losses, tiny
+from conftest import REPOSITORY, SHAKESPEARE, command, losses, tiny
 
 import sample
 import train
-
-SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare"
 
 
 def test_own_text_prepare_train_sample(folder):
@@ -69,11 +67,11 @@ LADDER = {
 
 
 @pytest.mark.skipif(
-    "LADDER" not in os.environ or not SHAKESPEARE.exists(),
+    "LADDER" not in os.environ or not SHAKESPEARE,
     reason="three minutes; LADDER=1, with the real text, runs it",
 )
 def test_the_ladder_goes_down_to_its_limits(folder, capsys):
-    assert command("prepare.py", f"--input={SHAKESPEARE / 'input.txt'}").returncode == 0
+    assert command("prepare.py", f"--input={SHAKESPEARE}").returncode == 0
     found = []
     for rung, limit in LADDER.items():
         train.main([f"config/lecture/{rung}.py"])
@@ -102,13 +100,13 @@ def test_no_network_at_all_trains_on_the_standard_library(folder):
     assert command("sample.py", "--out_dir=out/stdlib_char", "--start=def ").stdout.startswith("def ")
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
+@pytest.mark.skipif(not SHAKESPEARE, reason="needs the real text")
 def test_the_cpu_recipe_on_tiny_shakespeare_downloaded_from_loopback(folder, monkeypatch):
     """The first 100 steps of the recipe that most readers run first, with the real text, from a real server."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(SHAKESPEARE))
+            super().__init__(*arguments, directory=str(SHAKESPEARE.parent))
 
         def log_message(self, *_):
             pass

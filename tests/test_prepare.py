@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, SHAKESPEARE, command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,6 @@ import prepare
 from config import ConfigError, UserError
 from prepare import CharTokenizer, Tokens, decoded_stream, load_meta, tokenizer_of
 
-SHAKESPEARE = REPOSITORY.parent / "shared" / "tinyshakespeare" / "input.txt"
 TEXT = "Grüße, Jürgen ❤ 😀 Unicode!\r\nsecond line\n" * 50
 
 
@@ -237,7 +236,7 @@ def test_a_stream_shows_characters_once_they_are_whole(folder):
     assert "".join(decoded_stream(tokenizer, torn)) == tokenizer.decode(np.array(torn))
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the real text")
+@pytest.mark.skipif(not SHAKESPEARE, reason="needs the real text")
 def test_tiny_shakespeare_has_the_known_figures(folder):
     prepare.main([f"--input={SHAKESPEARE}"])
     meta = load_meta("shakespeare_char")
@@ -556,6 +555,11 @@ def test_mistakes_in_the_command(folder, argv, message):
         ),
         (
             "meta.json",
+            lambda data: b'{"tokenizer": "gpt2"}',
+            "meta.json is damaged (KeyError: 'vocab_size')",
+        ),
+        (
+            "meta.json",
             lambda data: b'{"tokenizer": "x", "vocab_size": 65537}',
             "meta.json is damaged (ValueError: vocab",
         ),
@@ -670,7 +674,7 @@ def test_a_failed_download_says_why_names_three_ways_on_and_leaves_nothing(
     message = str(error.value)
     assert message.startswith(f"cannot download {server.url}: {problem}")
     assert message.endswith(
-        ". Three ways on: put the file at data/shakespeare_char/input.txt; or python prepare.py "
+        ". Either put the file at data/shakespeare_char/input.txt; or python prepare.py "
         "--dataset=shakespeare_char --input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
     )
     assert server.requests == attempts

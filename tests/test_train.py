@@ -613,7 +613,7 @@ def test_the_same_text_split_elsewhere_is_another_one(dataset):
     train_here()
     prepare.main(["--val_fraction=0.2"])
     with pytest.raises(
-        ConfigError, match=r"^out/ckpt.pt holds another .* \(train_tokens 18000 -> 16000\); start a new"
+        ConfigError, match=r"^out/ckpt.pt holds another .* \(train_tokens 18000 -> 16000\); use another --out_dir"
     ):
         train_here(max_iters=30)
 
@@ -1087,13 +1087,13 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lerning_rate=1"], "unknown key --lerning_rate, did you mean --learning_rate?; --help lists them all"),
-        (["--lr=1"], "unknown key --lr: it is --learning_rate; --help lists them all"),
-        (["--eval-iters=1"], "unknown key --eval-iters, did you mean --eval_iters?; --help lists them all"),
-        (["--wandb_log=True"], "unknown key --wandb_log: --tensorboard=True draws curves; --help lists them all"),
+        (["--lerning_rate=1"], "unknown key --lerning_rate, did you mean --learning_rate?"),
+        (["--lr=1"], "unknown key --lr: it is --learning_rate"),
+        (["--eval-iters=1"], "unknown key --eval-iters, did you mean --eval_iters?"),
+        (["--wandb_log=True"], "unknown key --wandb_log: --tensorboard=True draws curves"),
         (["--always_save_checkpoint=False"],
-         "unknown key --always_save_checkpoint: every evaluation writes ckpt.pt; --help lists them all"),
-        (["--backend=gloo"], "unknown key --backend: it is nccl on GPUs, gloo on CPUs; --help lists them all"),
+         "unknown key --always_save_checkpoint: every evaluation writes ckpt.pt"),
+        (["--backend=gloo"], "unknown key --backend: it is nccl on GPUs, gloo on CPUs"),
         (["--n_layer=two"], "--n_layer must be a whole number, found 'two'"),
         (["--n_head=5"], "n_embd (384) must be divisible by n_head (5)"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, found 1.0"),
