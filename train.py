@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int | None:
                 if evaluating:  # after the log: a killed run drops rows past its checkpoint, and misses none
                     state.save("ckpt.pt", config, process)
                     log.since = time.perf_counter()  # saving is not training
-        process.largest(0)  # a barrier: rank 0 may still be writing
+        process.largest(0)  # a barrier: rank 0 may still be writing, and torchrun kills it when another has ended
     if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")

@@ -1,12 +1,18 @@
 import hashlib
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+# One thread in each of the many processes: the models are tiny, and threads that wait for each other take both cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
 import torch
 
 import prepare
@@ -102,6 +108,12 @@ def command(program, *arguments, **settings):
     """Run a program as a user would, in the current folder."""
     argv = [sys.executable, str(REPOSITORY / program), *arguments]
     return subprocess.run(argv, capture_output=True, text=True, timeout=120, **settings)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def without_progress(errors):

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, checkpoint, command, losses, rows, same, tiny, train_here, without_progress
+from conftest import REPOSITORY, checkpoint, command, free_port, losses, rows, same, tiny, train_here, without_progress
 
 import prepare
 import train
@@ -225,12 +224,6 @@ def test_a_run_whose_weights_are_not_finite_is_not_saved_when_it_is_stopped(data
 
 
 # Several processes
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -1,10 +1,16 @@
-"""Real processes, started by torchrun, joined by gloo on loopback."""
+"""Real processes, started by torchrun or side by side, joined by gloo on loopback."""
 
+import json
+import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
-from conftest import REPOSITORY, checkpoint, losses, rows, tiny, train_here
+from conftest import REPOSITORY, WORDS, checkpoint, free_port, losses, rows, tiny, train_here
+
+import prepare
 
 
 def torchrun(*arguments, processes=2):
@@ -86,3 +92,120 @@ def test_recipes_run_in_two_processes(dataset, recipe):
     ended = torchrun(str(REPOSITORY / "config" / f"{recipe}.py"), *sizes)
     assert ended.returncode == 0, ended.stderr
     assert "step 2: train loss" in ended.stdout
+
+
+# Runs of one to four processes, all in one start
+
+
+ONE_OF_FOUR = """if True:
+    import contextlib, io, json, os, signal, sys, time
+    import torch
+    import train
+
+    clock, rank = [0.0], int(os.environ["RANK"])
+    time.perf_counter = lambda: clock[0]  # what takes no second here takes no time
+
+    def step(model, state, *rest, original=train.train_step):
+        clock[0] += 1
+        if stopped and state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # to every process, as Slurm sends it
+        return original(model, state, *rest)
+
+    def save(checkpoint, *rest, original=torch.save):
+        if stopped and checkpoint["step"]:
+            time.sleep(1)  # a slow disk
+        original(checkpoint, *rest)
+
+    train.train_step, torch.save, found = step, save, {}
+    for name, processes, port, argv in json.loads(sys.argv[1]):
+        if rank < processes:
+            os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+            stopped = name == "stopped"
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+                status = train.main(argv)
+            on_disk = torch.load(f"{name}/ckpt.pt", weights_only=True)["step"]  # as soon as this process is through
+            found[name] = {"status": status, "out": out.getvalue(), "errors": errors.getvalue(), "step": on_disk}
+            if processes > 1:
+                torch.distributed.destroy_process_group()
+    print(json.dumps(found))
+"""
+SHORT = {"dataset": "long", "batch_size": 24, "dropout": 0.0, "log_interval": 1}
+RUNS = {  # name: (processes, settings); who has nothing to do in a run waits for the next, so the large ones come first
+    "4": (4, {"max_iters": 1, "eval_iters": 0}),
+    "3": (3, {"max_iters": 1, "eval_iters": 0}),
+    "2": (2, {"max_iters": 4, "eval_iters": 0, "eval_interval": 100}),
+    "2, part": (2, {"max_iters": 1, "eval_iters": 5}),
+    "2 x 3, part": (2, {"max_iters": 4, "gradient_accumulation_steps": 3, "eval_iters": 5, "eval_interval": 100}),
+    "stopped": (2, {"max_iters": 100, "eval_iters": 1, "eval_interval": 100}),
+    "1": (1, {"max_iters": 4, "eval_iters": 0, "eval_interval": 100}),
+    "1, part": (1, {"max_iters": 1, "eval_iters": 5}),
+    "1 x 4, part": (1, {"max_iters": 4, "gradient_accumulation_steps": 4, "eval_iters": 5, "eval_interval": 100}),
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of four processes saw of each run; the current folder holds the runs' own."""
+    with pytest.MonkeyPatch.context() as monkeypatch, ExitStack() as all_of_them:
+        monkeypatch.chdir(tmp_path_factory.mktemp("together"))
+        text = " ".join(np.random.default_rng(0).choice(WORDS, size=30_000))[:100_000]
+        with open("long.txt", "w") as file:
+            file.write(text)
+        prepare.main(["--dataset=long", "--input=long.txt", "--val_fraction=0.5"])
+        runs = [(name, n, free_port(), tiny(**SHORT | own, out_dir=name)) for name, (n, own) in RUNS.items()]
+        argv = [sys.executable, "-c", ONE_OF_FOUR, json.dumps(runs)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MASTER_ADDR": "127.0.0.1"}
+        pipes, started = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}, []
+        for rank in range(4):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(all_of_them.enter_context(subprocess.Popen(argv, env=environment | own, **pipes)))
+            all_of_them.callback(started[-1].kill)
+        ends = [process.communicate(timeout=120) for process in started]
+        assert [process.returncode for process in started] == [0] * 4, ends
+        yield [json.loads(out) for out, _ in ends]
+
+
+def logged(run, name):
+    """The column `name` of the run's log.csv, without empty cells."""
+    return [float(row[name]) for row in rows(f"{run}/log.csv") if row[name]]
+
+
+@pytest.mark.parametrize("processes", ["2", "3", "4"])
+def test_an_evaluation_is_the_same_however_many_processes_share_it(found, processes):
+    """Of 50,000 tokens each: six groups of blocks and a rest."""
+    for name in ("train_loss", "val_loss"):
+        assert logged(processes, name)[0] == pytest.approx(logged("1", name)[0], abs=2e-6)
+
+
+@pytest.mark.parametrize("run", ["1 x 4, part", "2 x 3, part", "2, part"])
+def test_eval_iters_counts_batches_of_the_whole_run(found, run):
+    """Not micro-batches, nor the share of a process."""
+    for name in ("train_loss", "val_loss"):
+        assert logged(run, name)[0] == pytest.approx(logged("1, part", name)[0], abs=2e-6)
+        assert logged(run, name)[0] != pytest.approx(logged("1", name)[0], abs=1e-4)  # of the whole split
+
+
+@pytest.mark.parametrize("run", ["2", "1 x 4, part", "2 x 3, part"])
+def test_loss_and_gradient_norm_are_those_of_the_whole_batch(found, run):
+    for name in ("loss", "grad_norm"):
+        assert len(logged(run, name)) == 4
+        assert logged(run, name) == pytest.approx(logged("1", name), rel=1e-4)
+
+
+@pytest.mark.parametrize("run", ["1", "2", "1 x 4, part", "2 x 3, part"])
+def test_the_speed_is_that_of_all_tokens_of_a_step(found, run):
+    """A step takes a second, by a clock of the test's own."""
+    assert logged(run, "tokens_per_second") == [24 * 16] * 4
+
+
+@pytest.mark.parametrize("run", [name for name, (processes, _) in RUNS.items() if processes > 1])
+def test_process_0_alone_speaks(found, run):
+    assert "step 0: train loss" in found[0][run]["out"]
+    for process in found[1 : RUNS[run][0]]:
+        assert process[run]["out"] == process[run]["errors"] == ""
+
+
+def test_a_signal_to_all_processes_is_told_by_its_name_and_all_end_after_the_checkpoint(found):
+    """torchrun kills the others when the first has ended: none may leave while process 0 writes."""
+    assert "stopped by SIGTERM after step 5; the same command" in found[0]["stopped"]["out"]
+    assert [(process["stopped"]["status"], process["stopped"]["step"]) for process in found[:2]] == [(143, 5)] * 2

@@ -361,6 +361,14 @@ def test_what_went_out_comes_back(dataset, capsys):
     train_here(init_from="hf", out_dir="again", max_iters=5)
 
 
+def test_an_export_names_its_dropout_for_who_fine_tunes_it(folder):
+    """Left out, they would be GPT-2's 0.1."""
+    for dropout in (0.0, 0.3):
+        GPT(GPTConfig(21, 16, 2, 2, 32, dropout=dropout)).save_pretrained("hf")
+        theirs = json.loads(Path("hf/config.json").read_text())
+        assert [theirs[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")] == [dropout] * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -451,6 +459,23 @@ def test_a_checkpoint_of_nanogpt_of_another_text_is_refused(dataset):
         sample.main(["--out_dir=nano"])
 
 
+@pytest.mark.parametrize("name", ["mine/../../up", "a/b", "a\nb", "mine\n", "a b", "/tmp", "..", ".hidden", ""])
+def test_a_dataset_has_a_plain_folder_name_so_it_is_in_data(dataset, name):
+    nanogpt("nano/ckpt.pt")
+    torch.save(checkpoint("nano/ckpt.pt") | {"config": {"dataset": name}}, "nano/ckpt.pt")
+    for program, argv in (
+        (prepare, [f"--dataset={name}", "--input=data/shakespeare_char/input.txt"]),
+        (train, [f"--dataset={name}"]),
+        (sample, ["--out_dir=nano"]),
+        (train, ["--init_from=nano/ckpt.pt"]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            program.main(argv)
+        assert str(error.value).startswith(
+            f"dataset must be a plain folder name (letters, digits, _ - .), found {name!r}"
+        )
+
+
 def test_a_folder_of_nanogpts_tokens_trains(folder, capsys):
     """train.bin and val.bin as nanoGPT's prepare.py writes them, and the meta.json of the README."""
     Path("data/nano").mkdir(parents=True)
@@ -486,6 +511,15 @@ def test_a_missing_package_is_answered_with_its_installation(dataset, monkeypatc
     with pytest.raises(SystemExit):
         run(lambda _: work())
     assert capsys.readouterr().err.endswith(f"this needs another package: pip install {package}\n")
+
+
+def test_a_cropped_context_takes_no_room_in_the_checkpoint(dataset):
+    train_here(block_size=1024, max_iters=1, batch_size=1)
+    train_here(init_from="out/best.pt", out_dir="cropped", block_size=16, max_iters=1)
+    train_here(out_dir="small", max_iters=1)
+    sizes = {name: Path(f"{name}/best.pt").stat().st_size for name in ("out", "cropped", "small")}
+    assert sizes["out"] > sizes["small"] + 1000 * 32 * 4
+    assert sizes["cropped"] == pytest.approx(sizes["small"], abs=1000)
 
 
 def test_weights_of_any_checkpoint_may_be_where_a_run_begins(dataset):

@@ -390,6 +390,17 @@ def test_under_autocast_nothing_is_packed(gpt, idx):
         assert gpt.generate(idx, 60).shape == (3, 76)
 
 
+def test_writing_keeps_no_graph_for_a_backward_pass(gpt, idx, monkeypatch):
+    """Or memory would grow with every token."""
+    found, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *inputs: found.append(torch.is_grad_enabled()) or hidden(*inputs))
+    gpt.train().generate(idx, 5)
+    stream = gpt.stream(idx, 5, None, 0, None, None, None)
+    assert not any(token.requires_grad for token in stream)
+    assert found == [False] * 10
+    assert torch.is_grad_enabled()
+
+
 def test_a_model_in_training_writes_without_dropout(idx):
     model = lively(GPT(GPTConfig(**SMALL, dropout=0.5)))
     expected = model.generate(idx, 20, temperature=0)

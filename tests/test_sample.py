@@ -50,6 +50,18 @@ def test_the_text_is_what_generate_says(trained, capsys):
     assert text == "\n---------------\n".join(tokenizer.decode(row.numpy()) for row in expected) + "\n"
 
 
+@pytest.mark.parametrize("choice", [{"top_p": 0.3}, {"top_k": 2}, {"temperature": 0.3}])
+def test_each_choice_alone_changes_the_text_as_generate_does(trained, capsys, choice):
+    model, tokenizer = sample.load("out")
+    idx = torch.tensor([tokenizer.encode("the king").tolist()])
+    texts = [
+        tokenizer.decode(model.generate(idx, 40, **given, generator=torch.Generator().manual_seed(1337))[0].numpy())
+        for given in ({"temperature": 0.8}, {"temperature": 0.8} | choice)
+    ]
+    assert texts[0] != texts[1]
+    assert say(capsys, "--start=the king", *(f"--{name}={value}" for name, value in choice.items())) == texts[1] + "\n"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_dtype_samples_and_the_same_seed_gives_the_same_text(trained, capsys, monkeypatch, dtype):
     used, hidden = set(), GPT.hidden

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -87,6 +88,8 @@ def test_a_batch_depends_on_seed_and_step_alone(dataset):
     assert torch.equal(batch(data, 3, 0, config(), ALONE)[0], x)
     assert not torch.equal(batch(data, 4, 0, config(), ALONE)[0], x)
     assert not torch.equal(batch(data, 3, 0, config(seed=1), ALONE)[0], x)
+    # Nor is one seed another one, shifted by some steps.
+    assert not torch.equal(batch(data, 1, 0, config(seed=1), ALONE)[0], batch(data, 0, 0, config(seed=2), ALONE)[0])
 
 
 def test_targets_are_the_inputs_shifted_by_one_and_come_from_the_split(dataset):
@@ -166,9 +169,11 @@ def test_weight_decay_is_on_matrices_only():
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
-def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset):
+@pytest.mark.parametrize("keys", [{}, {"beta1": 0.5, "beta2": 0.7, "weight_decay": 3.0}])
+def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset, keys):
     """The first two steps, written out for every weight from the paper's formulas."""
-    settings = config(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1, init_from="scratch")
+    settings = config(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1, init_from="scratch", **keys)
+    beta1, beta2, decay = settings.beta1, settings.beta2, settings.weight_decay
     meta = load_meta("shakespeare_char")
     torch.manual_seed(settings.seed)
     model = GPT(settings.model_config(meta["vocab_size"]))
@@ -181,15 +186,34 @@ def test_a_step_is_adamws_step_on_the_clipped_gradient_of_the_batch(dataset):
         lr = learning_rate(step, settings)
         for w, m, v in zip(weights, first, second, strict=True):
             g = w.grad * 0.05 / norm
-            m.mul_(0.9).add_(0.1 * g)
-            v.mul_(0.99).add_(0.01 * g**2)
-            move = (m / (1 - 0.9 ** (step + 1))) / (torch.sqrt(v / (1 - 0.99 ** (step + 1))) + 1e-8)
-            w.data -= lr * (move + 0.1 * w.data * (w.dim() == 2))
+            m.mul_(beta1).add_((1 - beta1) * g)
+            v.mul_(beta2).add_((1 - beta2) * g**2)
+            move = (m / (1 - beta1 ** (step + 1))) / (torch.sqrt(v / (1 - beta2 ** (step + 1))) + 1e-8)
+            w.data -= lr * (move + decay * w.data * (w.dim() == 2))
             w.grad = None
-    train_here(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1)
+    train_here(dropout=0.0, grad_clip=0.05, max_iters=2, log_interval=1, **keys)
     for name, tensor in checkpoint()["model"].items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-6)
     assert float(rows()[-1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_grad_clip_0_turns_clipping_off(dataset):
+    for grad_clip in (0, 1e9, 1e-3):
+        train_here(grad_clip=grad_clip, out_dir=f"out/{grad_clip}", max_iters=2, log_interval=1)
+    unclipped, loose, tight = (checkpoint(f"out/{grad_clip}/ckpt.pt")["model"] for grad_clip in (0, 1e9, 1e-3))
+    assert same(unclipped, loose)
+    assert not same(unclipped, tight)
+    assert float(rows("out/0/log.csv")[-1]["grad_norm"]) > 1e-2
+
+
+def test_the_seed_is_that_of_the_initial_weights_too(dataset, monkeypatch):
+    monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)  # before the first step
+    for seed, out_dir in ((1, "a"), (1, "b"), (2, "c")):
+        torch.manual_seed(0)
+        train_here(seed=seed, out_dir=out_dir)
+    one, again, other = (checkpoint(f"{out_dir}/ckpt.pt")["model"] for out_dir in "abc")
+    assert same(one, again)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -218,14 +242,15 @@ def test_muon_takes_the_step_of_torchs_own(shape, dtype):
 
 def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     model = GPT(config(bias=True).model_config(11))
-    muon = optimizer_of(model, config(optimizer="muon"))
+    keys = {"beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3}  # none of them the default
+    muon = optimizer_of(model, config(optimizer="muon", **keys))
     embeddings, vectors, matrices = (group["params"] for group in muon.param_groups)
     assert {id(p) for p in matrices} == {id(p) for p in model.transformer.h.parameters() if p.dim() == 2}
     assert {id(p) for p in embeddings} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
     assert {p.dim() for p in vectors} == {1}
     assert len(embeddings) + len(vectors) + len(matrices) == len(list(model.parameters()))
-    assert [group["weight_decay"] for group in muon.param_groups] == [0.1, 0.0, 0.1]
-    assert [group["betas"] for group in muon.param_groups] == [(0.9, 0.99), (0.9, 0.99), (0.95, 0.99)]
+    assert [group["weight_decay"] for group in muon.param_groups] == [0.3, 0.0, 0.3]
+    assert [group["betas"] for group in muon.param_groups] == [(0.8, 0.9), (0.8, 0.9), (0.95, 0.9)]
 
 
 def test_muon_computes_in_the_dtype_of_the_run_but_for_float16():
@@ -361,6 +386,23 @@ def test_dropout_of_a_step_depends_on_seed_step_rank_and_micro_batch(dataset):
     assert step_loss(data, gradient_accumulation_steps=2) != alike
 
 
+def test_every_seed_step_rank_and_micro_batch_has_a_dropout_of_its_own(dataset, monkeypatch):
+    """None is that of another one, as it would be if the four were added up."""
+    np.zeros(100, "<u2").tofile(dataset / "train.bin")
+    data = Tokens("shakespeare_char", "train", {"vocab_size": 5}, 16)
+    found, forward = [], GPT.forward
+
+    def noted(*inputs, **key):
+        logits, loss = forward(*inputs, **key)
+        found.append(loss.item())
+        return logits, loss
+
+    monkeypatch.setattr(GPT, "forward", noted)
+    for seed, step, rank in itertools.product(range(2), repeat=3):
+        step_loss(data, step, rank, seed=seed, gradient_accumulation_steps=2)
+    assert len(found) == len(set(found)) == 2**4
+
+
 def test_a_float16_scaler_is_saved_and_resumed_and_skips_what_overflows(dataset, monkeypatch):
     def with_scaler(*arguments, original=train.initial_state):
         state = original(*arguments)
@@ -404,6 +446,19 @@ def test_evaluation_is_the_mean_over_every_token(dataset, n_tokens):
     model.train()
     assert evaluate(model, data, n_tokens, config(), ALONE) == pytest.approx(total / n_tokens, rel=1e-5)
     assert model.training
+
+
+def test_an_evaluation_keeps_no_graph_for_a_backward_pass(dataset, monkeypatch):
+    """Or a long one would run out of memory."""
+    found, hidden = set(), GPT.hidden
+
+    def noted(self, *inputs):
+        found.add((self.training, torch.is_grad_enabled()))
+        return hidden(self, *inputs)
+
+    monkeypatch.setattr(GPT, "hidden", noted)
+    train_here(max_iters=2)
+    assert found == {(True, True), (False, False)}
 
 
 def test_the_last_evaluation_of_a_run_is_of_the_whole_validation_split(dataset, capsys):
@@ -483,9 +538,17 @@ def test_best_is_the_checkpoint_of_the_lowest_validation_loss(dataset, capsys):
     assert best["best_val_loss"] == pytest.approx(found[step][1], abs=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")])
-def test_resume_repeats_the_uninterrupted_run_bit_for_bit(dataset, capsys, dtype, optimizer, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "threads"),
+    [("float32", "adamw", 1), ("bfloat16", "adamw", 1), ("bfloat16", "muon", 1), ("float32", "adamw", 2)],
+)
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
+    dataset, capsys, dtype, optimizer, threads, monkeypatch, request
+):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     settings = {"dtype": dtype, "optimizer": optimizer, "max_iters": 30}
+    settings |= {"n_embd": 128, "batch_size": 32, "eval_iters": 1} if threads > 1 else {}  # enough work to be shared
     train_here(**settings, out_dir="whole")
     expected = losses(capsys.readouterr().out)
 
@@ -886,19 +949,31 @@ def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, mo
         ("Some Other Card", None),
     ],
 )
-def test_mfu_is_shown_where_the_peak_of_the_device_is_known(folder, capsys, monkeypatch, always_due, card, peak):
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_mfu_is_shown_where_the_peak_of_the_device_is_known(
+    folder, capsys, monkeypatch, always_due, card, peak, world_size
+):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: card)
-    process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
+    process = Process(0, world_size, torch.device("cuda"), torch.bfloat16)
     settings = config()
     log = train.Log(settings, train.State(GPT(settings.model_config(5)), None, None, {}), process)
     log.state.step = 1
     log.write(1, log.measure(2.0, 1.0))
     [row] = rows()
-    assert train.peak_flops(process) == peak
+    assert train.peak_flops(process) == (peak and peak * world_size)
     assert ("| mfu " in capsys.readouterr().err) == (peak is not None)
     if peak:
         flops = train.flops_per_token(GPT(settings.model_config(5)), 16)
-        assert float(row["mfu"]) == pytest.approx(flops * float(row["tokens_per_second"]) / peak, rel=1e-4)
+        assert float(row["mfu"]) == pytest.approx(
+            flops * float(row["tokens_per_second"]) / (peak * world_size), rel=1e-4
+        )
+
+
+def test_float32_has_no_mfu_for_the_known_peaks_are_those_of_16_bits(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    peaks = {dtype: train.peak_flops(Process(0, 1, torch.device("cuda"), dtype)) for dtype in
+             (torch.bfloat16, torch.float16, torch.float32)}  # fmt: skip
+    assert peaks == {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: None}
 
 
 def events(out_dir="out"):
