@@ -19,9 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_LOGITS = 2**28  # computed at a time where only the loss is needed: a gigabyte of float32
+MAX_LOGITS = 2**28  # in memory at a time, where the loss is wanted without them: a gigabyte of float32
 TENSOR_CORES = ("cuda",)  # devices whose matrix products are fast at widths that are multiples of 64
-WORTH_PACKING = 8  # tokens to generate; packing the reference model takes as long as it saves on four
 
 
 @dataclass
@@ -75,7 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor
     Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise grow
     with head_size and push the softmax towards one-hot. For training on CPUs in bfloat16 or with dropout: forward and
     backward take half the time of torch's fused call, with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), but keep
-    B * n_head matrices of T x T in memory. In float32 without dropout they would take a tenth more.
+    B * n_head matrices of T x T in memory. In float32 without dropout the fused call is faster, by a tenth.
     """
     B, n_head, T, head_size = q.shape
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where a token may look
@@ -239,7 +238,7 @@ class LanguageModel(nn.Module):
         stride = max(1, block_size // 4) if stride is None else stride
         if not 1 <= stride <= block_size:
             raise ValueError(f"stride must be from 1 to block_size ({block_size}), found {stride}")
-        model = for_inference(self, pack=max_new_tokens >= WORTH_PACKING)
+        model = in_eval_mode(self)
         window, caches = idx[:, -block_size:], None  # crop: no embedding of a position beyond block_size
         for _ in range(max_new_tokens):
             if window.size(1) > block_size:
@@ -284,39 +283,12 @@ class LMHead(nn.Linear):
         return F.linear(x, padded)[..., : self.out_features]
 
 
-class PackedLinear(nn.Module):
-    """A linear layer for inference, its weights in the memory layout of oneDNN, torch's CPU library.
-
-    The reference model then writes one text twice as fast, ten at once 1.7 times, packing included (500 tokens each).
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def for_inference(module: nn.Module, pack: bool) -> nn.Module:
-    """A copy in eval mode that shares parameters, buffers and hooks.
-
-    pack: linear layers in float32 on a CPU are packed, which takes their memory once more.
-    """
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if pack and type(module) in (nn.Linear, LMHead) and not hooks and packable(module.weight):
-        return PackedLinear(module)
+def in_eval_mode(module: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares parameters, buffers and hooks; the module itself may go on training meanwhile."""
     twin = copy.copy(module)
     twin.training = False
-    twin._modules = {name: child and for_inference(child, pack) for name, child in module._modules.items()}
+    twin._modules = {name: child and in_eval_mode(child) for name, child in module._modules.items()}
     return twin
-
-
-def packable(weight: Tensor) -> bool:
-    """float32 only: few CPUs pack other dtypes, and autocast would pass one in."""
-    autocast = torch.is_autocast_enabled("cpu")
-    return weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not autocast
 
 
 class GPT(LanguageModel):
@@ -432,3 +404,6 @@ class Bigram(LanguageModel):
 
     def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
         return idx
+
+
+MODELS = {"gpt": GPT, "bigram": Bigram}

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import zipfile
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from config import ConfigError, UserError, did_you_mean, explained, key, put, read, run
-from model import GPT, Bigram, GPTConfig, LanguageModel
+from model import GPT, MODELS, GPTConfig, LanguageModel
 from prepare import (
     Tokenizer,
     dataset_folder,
@@ -39,10 +40,8 @@ from prepare import (
     tokenizer_of,
 )
 
-MODELS = {"gpt": GPT, "bigram": Bigram}
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TOKENIZER = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json and a checkpoint say of it
-RESTORE = "; restore a copy, or train in another --out_dir; for a Hugging Face model, name its folder"
+TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # of meta.json; a checkpoint has them, too
 
 
 @dataclass
@@ -162,7 +161,7 @@ def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel,
         quiet_hub(needed=not Path(source).exists())
         with explained(f"cannot load {source}", "; a folder with its files needs no network"):
             return GPT.from_pretrained(source, dropout), {}
-    with explained(f"{path} is not a usable checkpoint", RESTORE):
+    with usable(path):
         with zipfile.ZipFile(path) as container:
             if damaged := container.testzip():  # torch itself does not look at the checksums
                 raise ValueError(f"wrong checksum of {damaged}")
@@ -176,7 +175,7 @@ def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel,
         expected = {"format": 1, "model": model.state_dict(), "model_config": asdict(GPTConfig(1, 1, 1, 1, 1))}
         expected |= {"step": 0, "best_val_loss": 0.0}
         found = checkpoint | {"model_config": asdict(config)}
-        if wrong := [name for name in expected if structure(found[name]) != structure(expected[name])]:
+        if wrong := [name for name in expected if shapes_and_types(found[name]) != shapes_and_types(expected[name])]:
             raise ValueError(f"its {' and '.join(wrong)} must have other names, types or shapes")
         names = ("format", "step", "best_val_loss", "tokenizer")
         version, step, loss, tokenizer = map(checkpoint.get, names)
@@ -200,10 +199,16 @@ def checkpoint_in(source: str | Path, other_names: tuple[str, ...] = ()) -> Path
     raise ConfigError(f"there is no checkpoint in {source}{hint}")
 
 
-def structure(value: Any) -> Any:
+def usable(path: str | Path) -> AbstractContextManager:
+    """Turns any exception that the content of a checkpoint raises into one line."""
+    advice = "; restore a copy, or train in another --out_dir; for a Hugging Face model, name its folder"
+    return explained(f"{path} is not a usable checkpoint", advice)
+
+
+def shapes_and_types(value: Any) -> Any:
     """Names, types, shapes and dtypes of nested dicts of tensors and plain values, without the values."""
     if isinstance(value, dict):
-        return {name: structure(inner) for name, inner in value.items()}
+        return {name: shapes_and_types(inner) for name, inner in value.items()}
     return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
 
 
@@ -228,7 +233,7 @@ def from_nanogpt(theirs: dict) -> dict:
         "step": theirs["iter_num"],
         "best_val_loss": float(theirs["best_val_loss"]),
         "config": {"model": "gpt"},
-        "tokenizer": {name: meta[name] for name in TOKENIZER if name in meta},
+        "tokenizer": {name: meta[name] for name in TOKENIZER_FACTS if name in meta},
     }
 
 

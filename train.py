@@ -2,7 +2,8 @@
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
 (seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes from
-its last checkpoint (bit for bit on a CPU), one process and eight see the same batches, and losses can be compared.
+its last checkpoint (bit for bit on a CPU), one process and eight see the same batches, and all
+evaluations of a text are of the same tokens.
 
     python train.py                                          the reference model on Tiny Shakespeare
     python train.py config/shakespeare_char_cpu.py           a small one, a minute or two on a laptop
@@ -31,10 +32,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError, UserError, explained, key, progress, read, run, show
-from model import GPT, CausalSelfAttention, GPTConfig, LanguageModel
+from config import ConfigError, StopSignals, UserError, explained, key, progress, read, run, show
+from model import GPT, MODELS, GPTConfig, LanguageModel
 from prepare import Tokens, dataset_folder, first_token, locked, prepared, replacing, tokenizer_of
-from sample import MODELS, RESTORE, TOKENIZER, checkpoint_in, choose_device, choose_dtype, open_model, structure
+from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, open_model, shapes_and_types, usable
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
@@ -44,7 +45,7 @@ OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
     "backend": "it is nccl on GPUs, gloo on CPUs",
 }
-# Dense bfloat16 FLOP/s, from the makers' data sheets, of the cards whose name has this pattern, the first that fits.
+# Dense bfloat16 FLOP/s of a card, from its maker's data sheet. The first pattern found in its name counts.
 PEAK_FLOPS = {
     "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
     "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, r"\bB200": 2250e12,
@@ -138,50 +139,62 @@ def main(argv: list[str]) -> int | None:
     """Train; returns the exit status of a run that a signal stopped."""
     config = read(TrainConfig, argv)
     process = join_processes(config)
-    meta = process.from_rank_0(lambda: prepared(config.dataset))
+    meta = process.on_rank_0(prepared, config.dataset)
     with ExitStack() as until_the_end:
         if not config.eval_only:
-            process.from_rank_0(lambda: until_the_end.enter_context(locked(config.path("lock"))))
+            process.on_rank_0(lambda: until_the_end.enter_context(locked(config.path("lock"))))
         state = initial_state(config, meta, process)
         splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
-        model = parallel_and_compiled(state.model, config, process)
+        if config.eval_only:
+            evaluate(state, splits, config, process)
+            return None
+        model = compiled_and_parallel(state.model, config, process)
+        update_best(state, splits["val"], config, process)
         log = Log(config, state, process)
-        if state.step == 0 or config.eval_only:
-            metrics = evaluation(state, splits, config, process)
-            state.save("ckpt.pt", config, process)
-            log.write(state.step, metrics)
+        if process.rank == 0:
+            if state.step == 0:  # first: from here on, nothing of another run counts
+                state.save("ckpt.pt", config)
+            log.begin()
+            if state.best_val_loss == math.inf:
+                config.path("best.pt").unlink(missing_ok=True)
+        signals = until_the_end.enter_context(StopSignals())
         pending = []  # loss and gradient norm of each step since the last report: no step waits for the device
-        with StopSignals() as signals:
-            max_iters = 0 if config.eval_only else config.max_iters
-            stop = process.largest(signals.received)[0]  # the number of the signal that asks for it
-            while state.step < max_iters and not stop:
-                pending.append(train_step(model, state, splits["train"], config, process))
-                state.step += 1
-                stop, showing = process.largest(signals.received, process.rank == 0 and progress.due())
-                evaluating = state.step % config.eval_interval == 0 or state.step == config.max_iters
-                logging = evaluating or state.step % config.log_interval == 0 or state.step == 1
-                if stop or logging or showing:
-                    loss, grad_norm = latest(pending, state, config, process)  # raises where one is not finite
-                    pending.clear()
-                if stop:  # first of all: SIGKILL may follow
-                    state.save("ckpt.pt", config, process)
-                if logging or showing:
-                    metrics = log.measure(loss, grad_norm)
-                if evaluating:
-                    metrics |= evaluation(state, splits, config, process)
-                if logging:
-                    log.write(state.step, metrics)
-                if evaluating:  # after the log: a killed run drops rows past its checkpoint, and misses none
-                    state.save("ckpt.pt", config, process)
-                    log.since = time.perf_counter()  # saving is not training
-        process.largest(0)  # a barrier: rank 0 may still be writing, and torchrun kills it when another has ended
+        while True:
+            last = state.step >= config.max_iters
+            evaluating = last or state.step % config.eval_interval == 0
+            logging = evaluating or state.step % config.log_interval == 0 or state.step == 1
+            stop, showing = process.max_over_processes(signals.received, progress.due())
+            if logging or showing or stop:
+                # Raises where a loss is not finite, before anything is written.
+                metrics = log.measure(*checked(pending, state, config, process)) if pending else {}
+                if evaluating and not stop:
+                    metrics |= evaluate(state, splits, config, process)
+                if process.rank == 0:
+                    if state.step > 0 and metrics.get("val_loss", math.inf) < state.best_val_loss:
+                        state.best_val_loss, state.best_step = metrics["val_loss"], state.step
+                        state.save("best.pt", config)
+                    if logging and metrics:
+                        log.write(metrics)
+                    if evaluating or stop:  # after the log, from which a resumed run drops rows past its checkpoint
+                        state.save("ckpt.pt", config)
+                if evaluating or stop:  # none leaves before process 0 has written: torchrun would kill it
+                    stop = process.max_over_processes(signals.received)[0]
+                log.show(metrics)
+                if stop or last:
+                    break
+                pending.clear()
+                log.start_clock()  # evaluating and saving are not training
+            pending.append(train_step(model, state, splits["train"], config, process))
+            state.step += 1
     if stop:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
-        process.say(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
+        show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
-    if math.isfinite(state.best_val_loss) and not config.eval_only:
-        best = f"{state.best_val_loss:.4f}" + (f" at step {state.best_step}" if state.best_step else "")
-        process.say(f"best validation loss {best}; try python sample.py --out_dir={config.out_dir}")
+    show(
+        f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}; "
+        f"try python sample.py --out_dir={config.out_dir}"
+    )
+    return None
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
@@ -208,13 +221,15 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     return torch.stack((total_loss, grad_norm))
 
 
-def latest(pending: list[Tensor], state: State, config: TrainConfig, process: Process) -> tuple[float, float]:
+def checked(pending: list[Tensor], state: State, config: TrainConfig, process: Process) -> tuple[float, float]:
     """Loss and gradient norm of the last step, over all processes. Raises UserError if any step's is not finite."""
-    rows = (process.all_reduce(torch.stack(pending)) / process.world_size).tolist()
+    rows = (process.all_reduce(torch.stack(pending)) / process.world_size).tolist()  # waits for the device
     for step, (loss, grad_norm) in enumerate(rows, state.step - len(rows) + 1):
-        # A float16 gradient may overflow: the scaler skips that step and lowers the scale.
+        # A float16 gradient may overflow: the scaler skips that step and halves its scale.
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
             raise diverged(f"loss is {loss}, gradient norm {grad_norm}", step, config)
+    if (scale := state.scaler.get_scale()) < 1:
+        raise diverged(f"gradient norm is {grad_norm}, even with the loss scaled by {scale}", state.step, config)
     return loss, grad_norm
 
 
@@ -232,8 +247,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if not config.decay_lr:
         return config.learning_rate
     end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    fraction = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * fraction)) / 2
 
 
 def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, process: Process) -> tuple[Tensor, Tensor]:
@@ -244,8 +259,8 @@ def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, proce
     rng = np.random.default_rng((config.seed, step))
     starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
     rows = config.micro_batch_size(process.world_size)
-    first = (process.rank * config.gradient_accumulation_steps + micro_step) * rows
-    return inputs_and_targets(tokens, starts[first : first + rows], config.block_size, process.device)
+    offset = (process.rank * config.gradient_accumulation_steps + micro_step) * rows
+    return inputs_and_targets(tokens, starts[offset : offset + rows], config.block_size, process.device)
 
 
 def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -260,28 +275,29 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
 # Evaluation
 
 
-def evaluation(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
-    """The metrics of an evaluation; best.pt is written where the validation loss is the lowest after step 0."""
-    n_tokens = len(splits["val"]) - 1
-    if config.eval_iters:
-        n_tokens = min(n_tokens, config.eval_iters * config.batch_size * config.block_size)
-    train_loss, val_loss = (evaluate(state.model, split, n_tokens, config, process) for split in splits.values())
-    process.say(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
+    """Show and return the mean losses of both splits. Raises UserError for a validation loss that is not finite."""
+    n_tokens = evaluated_tokens(splits["val"], config)
+    train_loss, val_loss = (mean_loss(state.model, split, n_tokens, config, process) for split in splits.values())
+    show(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     metrics = {"train_loss": train_loss, "val_loss": val_loss}
     if splits["val"].n_bytes and n_tokens == len(splits["val"]) - 1:  # the whole split, whose bytes are known
         metrics["bits_per_byte"] = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
-        process.say(f"step {state.step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
+        show(f"step {state.step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
     if not math.isfinite(val_loss):
         raise diverged(f"validation loss is {val_loss}", state.step, config)
-    if state.step > 0 and val_loss < state.best_val_loss:
-        state.best_val_loss, state.best_step = val_loss, state.step
-        state.save("best.pt", config, process)
     return metrics
 
 
+def evaluated_tokens(tokens: Tokens, config: TrainConfig) -> int:
+    """How many tokens of a split an evaluation predicts: those of the first `eval_iters` batches, or all."""
+    n_tokens = config.eval_iters * config.batch_size * config.block_size
+    return min(n_tokens or len(tokens), len(tokens) - 1)
+
+
 @torch.no_grad()
-def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
-    """Mean loss, in nats a token, of predicting tokens 1 to `n_tokens` of a split, in consecutive blocks.
+def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
+    """Mean loss, in nats a token, of predicting `n_tokens` tokens of a split from its second on, in consecutive blocks.
 
     The processes share the blocks. The model is the uncompiled one: each new shape would be compiled anew.
     """
@@ -295,14 +311,26 @@ def evaluate(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainC
     model.eval()
     losses = [torch.zeros((), device=process.device)]  # a process may have no group
     for at, (group, length) in enumerate(groups[process.rank :: process.world_size]):
-        if process.rank == 0:
-            progress.show(f"evaluating {tokens.path}: {at * process.world_size / len(groups):.0%}")
+        progress.show(f"evaluating {tokens.path}: {at * process.world_size / len(groups):.0%}")
         with process.autocast():
             _, loss = model(*inputs_and_targets(tokens, group, length, process.device), need_logits=False)
         losses.append(loss * (len(group) * length))
     model.train()
-    total = sum(torch.stack(losses).tolist())
+    total = sum(torch.stack(losses).tolist())  # waits for the device
     return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
+
+
+def update_best(state: State, tokens: Tokens, config: TrainConfig, process: Process) -> None:
+    """Evaluate best.pt once more if its loss is the mean of other validation tokens than those of this run."""
+    n_tokens, path = evaluated_tokens(tokens, config), config.path("best.pt")
+    if state.best_step is not None and state.best_tokens != n_tokens:
+        state.best_val_loss, state.best_step = math.inf, None
+        if process.on_rank_0(path.exists):
+            model, best = open_model(path)
+            state.best_val_loss = mean_loss(model.to(process.device), tokens, n_tokens, config, process)
+            state.best_step = best["step"]
+            show(f"{path}: val loss {state.best_val_loss:.4f} on the {n_tokens:,} tokens that are evaluated now")
+    state.best_tokens = n_tokens
 
 
 # State and checkpoints
@@ -319,74 +347,79 @@ class State:
     step: int = 0
     best_val_loss: float = math.inf  # of the evaluations after step 0
     best_step: int | None = None
+    best_tokens: int | None = None  # how many validation tokens it is the mean of
 
-    def save(self, name: str, config: TrainConfig, process: Process) -> None:
+    def save(self, name: str, config: TrainConfig) -> None:
         """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir."""
-        if process.rank or config.eval_only:
-            return
-        checkpoint = {
-            "format": 1,
-            "model": self.model.state_dict(),
-            "model_config": asdict(self.model.config),
-            "step": self.step,
-            "best_val_loss": self.best_val_loss,
-            "best_step": self.best_step,
-            "config": asdict(config),
-            "tokenizer": {name: self.meta[name] for name in TOKENIZER if name in self.meta},
-            "sha256": self.meta.get("sha256"),
-            "train_tokens": self.meta.get("train_tokens"),
-        }
+        checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
+        checkpoint |= {name: getattr(self, name) for name in ("step", "best_val_loss", "best_step", "best_tokens")}
+        checkpoint |= {"config": asdict(config), **{name: self.meta.get(name) for name in ("sha256", "train_tokens")}}
+        checkpoint["tokenizer"] = {name: self.meta[name] for name in TOKENIZER_FACTS if name in self.meta}
         if name == "ckpt.pt":
             checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         with replacing(config.path(name)) as file:
             torch.save(checkpoint, file)
 
-    def restore(self, checkpoint: dict) -> None:
+    def restore(self, checkpoint: dict, config: TrainConfig) -> None:
         """Set optimizer, scaler and step to the checkpoint's. Raises ValueError where they do not fit the weights."""
-        groups = self.optimizer.state_dict()["param_groups"]  # hyperparameters are this config's
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in parameters]
-        expected = dict(enumerate(moments)) if checkpoint["step"] else {}
-        if structure(checkpoint["optimizer"]["state"]) != structure(expected):
+        step, scaler, saved = (checkpoint[name] for name in ("step", "scaler", "optimizer"))
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # makes a state, to tell which names and shapes the loaded one must have
+        self.optimizer.zero_grad()
+        self.model.load_state_dict(checkpoint["model"])  # that step has decayed the weights
+        expected = shapes_and_types(self.optimizer.state_dict()["state"])
+        self.optimizer.state.clear()  # two of them may not fit into memory
+        none_yet = not saved["state"] and (step == 0 or scaler)  # float16 gradients may all have overflowed
+        if not none_yet and shapes_and_types(saved["state"]) != expected:
             raise ValueError("its optimizer state does not fit its weights")
-        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-        if checkpoint["scaler"]:  # of a float16 run
-            if structure(checkpoint["scaler"]) != structure(torch.amp.GradScaler("cpu").state_dict()):
-                raise ValueError(f"its scaler is {short(checkpoint['scaler'])}")
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step, self.best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
-        self.best_step = checkpoint.get("best_step")  # older ones have none
+        if scaler and shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
+            raise ValueError(f"its scaler is {short(scaler)}")
+        hyperparameters = self.optimizer.state_dict()["param_groups"]  # are those of this config
+        for group in hyperparameters:
+            group["lr"] = learning_rate(max(0, step - 1), config)
+        self.optimizer.load_state_dict(saved | {"param_groups": hyperparameters})
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        for name in ("step", "best_val_loss", "best_step", "best_tokens"):
+            setattr(self, name, checkpoint.get(name))  # best_tokens is newer than some checkpoints
 
 
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
-    """What the run starts from: out_dir/ckpt.pt, pretrained weights or nothing; settles the shape in `config`."""
+    """What the run starts from: out_dir/ckpt.pt, pretrained weights or nothing. `config` adopts their shape."""
     path = config.path("ckpt.pt")
     source = starting_point(config, path)
     model, checkpoint = open_model(source, config.dropout) if source else (None, {})
     step = checkpoint.get("step")
-    if process.from_rank_0(lambda: step) != step:
+    if process.on_rank_0(lambda: step) != step:
         raise UserError(f"{path} is not the same on every machine: all must see the same folder")
+    if source == path and "optimizer" not in checkpoint:
+        raise ConfigError(f"{path} has no optimizer state: use --init_from={path} and another --out_dir")
     if model:
-        settle_shape(config, meta, model, checkpoint, source)
+        if isinstance(model, GPT) and source != path and "block_size" in config.given:
+            model.crop(min(config.block_size, model.config.block_size))
+        with usable(source):
+            adopt_shape(config, meta, model, checkpoint, source)
     else:
         torch.manual_seed(config.seed)
         model = MODELS[config.model](config.model_config(meta["vocab_size"]))
     model.to(process.device)
     # Small float16 gradients would vanish without a scale; the other dtypes need none.
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    state = State(model, optimizer_of(model, config, process.dtype), scaler, meta)
+    state = State(model, make_optimizer(model, config, process.dtype), scaler, meta)
     if source == path:
-        with explained(f"{path} is not a usable checkpoint", RESTORE):
-            state.restore(checkpoint)
-        before = checkpoint["config"] | {"init_from": config.init_from}  # without keys that are newer than it
+        with usable(path):
+            state.restore(checkpoint, config)
+        before = checkpoint["config"]
         changed = changes(before, {name: value for name, value in asdict(config).items() if name in before})
-        process.say(f"resuming from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
+        changed = f"; changed since: {', '.join(changed.values())}" if changed else ""
+        show(f"resuming from {path} at step {state.step}{changed}")
     elif source:
-        process.say(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
+        show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    process.say(f"{n_parameters / 1e6:.2f}M parameters on {process}")
+    show(f"{n_parameters / 1e6:.2f}M parameters on {process}")
     if state.step >= config.max_iters and not config.eval_only:
-        process.say(f"max_iters ({config.max_iters}) is reached: raise it, or take another --out_dir")
+        show(f"max_iters ({config.max_iters}) is reached: raise it, or take another --out_dir")
     return state
 
 
@@ -407,48 +440,38 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
     return None if config.init_from in STARTS else config.init_from
 
 
-def settle_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
-    """Put the shape of the weights, and the optimizer of a run that is resumed, into `config`.
+def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
+    """Put the shape of the weights into `config`; of a run that is resumed, also its optimizer and where it began.
 
     Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
-    resuming, advice = source == config.path("ckpt.pt"), ""
-    crop = "block_size" in config.given and config.block_size < model.config.block_size
-    if crop and isinstance(model, GPT) and not resuming:
-        model.crop(config.block_size)
-    found = {**checkpoint.get("tokenizer", {}), **asdict(model.config), "model": type(model).__name__.lower()}
-    settled = (*SHAPE, "optimizer") if resuming else SHAPE
-    wanted = {name: getattr(config, name) for name in settled if name in config.given}
-    wanted |= {name: meta[name] for name in ("vocab_size", "chars", "json") if name in meta and name in found}
-    if resuming:
-        if "optimizer" not in checkpoint:
-            raise ConfigError(f"{source} has no optimizer state: use --init_from={source} and another --out_dir")
-        advice = f"; use another --out_dir, where --init_from={source} fine-tunes these weights, or overwrite this "
-        advice += "run with --init_from=scratch"
-        before = checkpoint["config"]
-        found |= {"init_from": before.get("init_from"), "optimizer": before.get("optimizer", "adamw")}
-        if wanted.get("optimizer", found["optimizer"]) != found["optimizer"]:
-            advice += f", or resume it with --optimizer={found['optimizer']}"
-        if config.init_from not in STARTS:
-            wanted["init_from"] = config.init_from
-        elif found["init_from"] not in STARTS:
-            config.init_from = found["init_from"]
-        for name in ("sha256", "train_tokens"):  # the text and where it is split, unknown to older checkpoints
-            if checkpoint.get(name) and name in meta:
-                found[name], wanted[name] = checkpoint[name], meta[name]
-    if differences := changes(found, wanted):
-        raise ConfigError(f"{source} holds another model or text or optimizer than asked for ({differences}){advice}")
-    for name in settled:
+    resuming = source == config.path("ckpt.pt")
+    adopted = (*SHAPE, "optimizer", "init_from") if resuming else SHAPE
+    asked = config.given - ({"init_from"} if config.init_from in STARTS else set())
+    found = {**checkpoint, **checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
+    found["model"] = type(model).__name__.lower()
+    facts = ("vocab_size", "chars", "json", *(("sha256", "train_tokens") if resuming else ()))  # of tokens and text
+    wanted = {name: getattr(config, name) for name in adopted if name in asked}
+    wanted |= {name: meta[name] for name in facts if name in meta and found.get(name)}
+    if different := changes(found, wanted):
+        advice = "; use another --out_dir, or overwrite this run with --init_from=scratch" if resuming else ""
+        if different.keys() == {"optimizer"}:
+            advice = f"; use another --out_dir, or resume it with --optimizer={found['optimizer']}"
+        elif different.keys() <= {"sha256", "train_tokens"}:
+            advice = f"; use another --out_dir, where --init_from={source} fine-tunes these weights"
+        what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
+        raise ConfigError(f"{source} holds {what}{advice}")
+    for name in adopted:
         setattr(config, name, found[name])
 
 
-def changes(old: dict, new: dict) -> str:
-    """What differs, in few words: "dropout 0.1 -> 0.2, seed 1 -> 2"."""
+def changes(old: dict, new: dict) -> dict[str, str]:
+    """What differs, in few words, by name: {"dropout": "dropout 0.1 -> 0.2"}."""
     different = {name: value for name, value in new.items() if repr(old.get(name)) != repr(value)}
-    return ", ".join(f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items())
+    return {name: f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items()}
 
 
-def optimizer_of(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only: gains and biases have no reason to be small.
 
     optimizer="muon": the matrices inside the blocks take Muon's step, in `dtype` (float32 for float16: it underflows).
@@ -467,7 +490,8 @@ class Muon(torch.optim.AdamW):
     """AdamW, but the last group's matrices step along their momentum made orthogonal (Jordan et al., 2024).
 
     No direction dominates then. A step is as large as AdamW's, so the same learning rate fits (Liu et al., 2025).
-    1725 steps of config/shakespeare_char_cpu.py end at 1.516, 2300 of AdamW at 1.535 (held out of the training split).
+    On a tenth of the training text, held out, 1725 steps of config/shakespeare_char_cpu.py reached a loss of 1.516;
+    2300 steps of AdamW, in the same time, 1.535.
     """
 
     @torch.no_grad()
@@ -515,27 +539,23 @@ class Process:
             dist.all_reduce(values, op)
         return values
 
-    def largest(self, *numbers: int) -> list[int]:
+    def max_over_processes(self, *numbers: int) -> list[int]:
         """The largest of each over all processes, so that they decide alike; on the CPU: no GPU is waited for."""
         return self.all_reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
 
-    def from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """Call `make` in process 0 and return its result in all of them, or raise its error in all of them."""
+    def on_rank_0(self, make: Callable[..., Any], *arguments: object) -> Any:
+        """Call `make` in process 0, while the others wait; all of them return its result or raise its error."""
         made = [None]
         if self.rank == 0:
             try:
-                made = [make()]
+                made = [make(*arguments)]
             except (UserError, OSError) as error:
                 made = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(made)
         if isinstance(made[0], Exception):
-            raise made[0]
+            raise made[0] if self.rank == 0 else UserError(str(made[0]))
         return made[0]
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            show(text)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -577,50 +597,26 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype `name`, or the fastest that is safe on the device. Raises ConfigError for an unsafe one."""
     if name == "float16" and device.type != "cuda":
         raise ConfigError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
-    # Without AMX or AVX-512 instructions for it, bfloat16 is emulated. On an Intel Xeon (family 6, model 207) with
-    # AVX-512's alone, a step of the small recipe takes 1.6 times as long as in float32; on an AMD EPYC it is faster.
+    # bfloat16 pays on a CPU with instructions for it: AMX, or those of AVX-512 on an AMD EPYC. On an Intel Xeon (family
+    # 6, model 207) restricted to AVX-512, a step of the small recipe takes 1.6 times as long as in float32.
     cpu = torch.cpu.get_capabilities()
     fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
     return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
 
 
-def parallel_and_compiled(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
+def compiled_and_parallel(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
     """The same weights, for training: kernels fused, gradients averaged over the processes.
 
-    Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. It still divides the
-    model's graph where gradients fill a bucket, so that all-reduce and backward pass overlap.
+    Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. Even so it divides the
+    graph where a bucket of gradients is full, so that all-reduce and backward pass overlap.
     """
     if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
         try:
             torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
             model = torch.compile(model)
         except Exception as error:
-            process.say(f"torch.compile does not work here ({type(error).__name__}): training without it")
+            show(f"torch.compile does not work here ({type(error).__name__}): training without it")
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if process.world_size > 1 else model
-
-
-class StopSignals:
-    """Note SIGINT (Ctrl-C), SIGTERM or SIGHUP (a closed terminal), so that the run stops after its step.
-
-    A second Ctrl-C ends the program at once. The others may come twice: kernel and shell both send SIGHUP.
-    """
-
-    received = 0
-
-    def __enter__(self) -> StopSignals:
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-        self.before = {number: signal.signal(number, self.note) for number in numbers}
-        return self
-
-    def note(self, number: int, _frame: object) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # Metrics
@@ -634,63 +630,86 @@ class Log:
 
     def __init__(self, config: TrainConfig, state: State, process: Process):
         self.config, self.state, self.process = config, state, process
+        self.path, self.writer = config.path("log.csv"), None
         self.flops_per_token = flops_per_token(state.model, config.block_size)
         self.peak_flops = peak_flops(process)
         self.pace = []  # seconds a step, one figure a report
-        self.since_step, self.since = state.step, time.perf_counter()
-        self.started = self.since
-        self.path = self.writer = None
-        if process.rank or config.eval_only:
-            return
-        self.path = config.path("log.csv")
-        rows = rows_until(state.step, self.path)
-        self.started -= max((float(row["seconds"]) for row in rows), default=0)
-        with replacing(self.path) as file:
-            file.write("".join(map(self.line, ({name: name for name in self.COLUMNS}, *rows))).encode())
-        if config.tensorboard:
+        self.start_clock()
+        self.rows = self.rows_until(state.step)  # of the run that is resumed: {step: row}
+        self.started = self.since - max((float(row["seconds"]) for row in self.rows.values()), default=0)
+
+    def rows_until(self, step: int) -> dict[int, dict[str, object]]:
+        """The rows of log.csv that a run resumed at `step` keeps, none at step 0; damaged ones are dropped."""
+        rows = {}
+        text = self.path.read_text(errors="replace") if step and self.path.exists() else ""
+        for line in text.splitlines():
+            with suppress(ValueError):
+                row = dict(zip(self.COLUMNS, line.split(","), strict=True))
+                if int(row["step"]) <= step and float(row["seconds"]) >= 0:
+                    rows[int(row["step"])] = row
+        return rows
+
+    def begin(self) -> None:
+        """Drop the rows of steps that will be taken again, here and in TensorBoard."""
+        self.replace_rows()
+        if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            with explained(f"data/{config.dataset}/meta.json has no usable tokenizer"):
-                self.tokenizer = tokenizer_of(state.meta)
-            # Drops events after this step.
-            self.writer = SummaryWriter(config.out_dir, purge_step=state.step + 1 if state.step else 0)
+            with explained(f"data/{self.config.dataset}/meta.json has no usable tokenizer"):
+                self.tokenizer = tokenizer_of(self.state.meta)
+            self.writer = SummaryWriter(self.config.out_dir, purge_step=self.state.step)
+
+    def replace_rows(self) -> None:
+        with replacing(self.path) as file:
+            file.write("".join(map(self.line, ({name: name for name in self.COLUMNS}, *self.rows.values()))).encode())
 
     def line(self, row: dict[str, object]) -> str:
         return ",".join(str(row.get(column, "")) for column in self.COLUMNS) + "\n"
 
+    def start_clock(self) -> None:
+        self.since_step, self.since = self.state.step, time.perf_counter()
+
     def measure(self, loss: float, grad_norm: float) -> dict[str, float]:
-        """The metrics of the last step; shows how far the run is."""
-        step, config = self.state.step, self.config
-        self.pace.append((time.perf_counter() - self.since) / (step - self.since_step))
-        speed = config.batch_size * config.block_size / self.pace[-1]  # tokens a second
-        left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step is slow
-        lr = learning_rate(step - 1, config)
+        """The metrics of the last step; its speed is the mean since the clock was started."""
+        self.pace.append((time.perf_counter() - self.since) / (self.state.step - self.since_step))
+        speed = self.config.batch_size * self.config.block_size / self.pace[-1]  # tokens a second
+        lr = learning_rate(self.state.step - 1, self.config)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-        text = f"step {step}/{config.max_iters} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
+        return metrics | ({"mfu": self.flops_per_token * speed / self.peak_flops} if self.peak_flops else {})
+
+    def show(self, metrics: dict[str, float]) -> None:
+        """Show how far the run is; of a step that was measured."""
+        if "loss" not in metrics:
+            return
+        step, config = self.state.step, self.config
+        left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step is slow
+        text = "step {}/{} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
+        text = text.format(step, config.max_iters, **metrics)
+        speed = metrics["tokens_per_second"]
         text += f"{speed / 1e3:,.{int(speed < 1e4)}f}k tok/s | "
-        if self.peak_flops:
-            metrics["mfu"] = self.flops_per_token * speed / self.peak_flops
-            text += f"mfu {metrics['mfu']:.0%} | "
-        if self.process.rank == 0:
-            progress.show(f"{text}eta {timedelta(seconds=round(left))}")
+        text += f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
+        progress.show(f"{text}eta {timedelta(seconds=round(left))}")
         if len(self.pace) == 4 and left > 3600 and self.process.device.type == "cpu":
             small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
-            self.process.say(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
-        return metrics
+            show(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add the metrics of a step to log.csv and TensorBoard, and restart the clock that measures the speed."""
-        if self.path:
-            row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3)}
+    def write(self, metrics: dict[str, float]) -> None:
+        """Add the row of this step, or complete the one that a resumed run has of it already."""
+        step, seconds = self.state.step, round(time.perf_counter() - self.started, 3)
+        row = {"step": step, "seconds": seconds} | self.rows.get(step, {}) | {"bits_per_byte": ""}
+        row |= {name: f"{value:.7g}" for name, value in metrics.items()}
+        if step in self.rows:
+            self.rows[step] = row
+            self.replace_rows()
+        else:
             with open(self.path, "a") as file:
-                file.write(self.line(row | {name: f"{value:.7g}" for name, value in metrics.items()}))
+                file.write(self.line(row))
         if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+            for name in filter(row.get, self.COLUMNS[2:]):
+                self.writer.add_scalar(name, float(row[name]), step)
             if "val_loss" in metrics:  # indented: Markdown shows it verbatim
                 self.writer.add_text("sample", "    " + self.sample().replace("\n", "\n    "), step)
             self.writer.flush()
-        self.since, self.since_step = time.perf_counter(), step
 
     def sample(self) -> str:
         """What the model writes by now: 200 tokens."""
@@ -700,28 +719,10 @@ class Log:
         return self.tokenizer.decode(tokens[0].cpu().numpy())
 
 
-def rows_until(step: int, path: Path) -> list[dict[str, str]]:
-    """The rows of log.csv that a run resumed at `step` keeps, none at step 0; damaged ones are dropped.
-
-    In older logs the batch's loss is called train_loss, and an evaluation has a row of its own: they are merged.
-    """
-    rows = {}
-    text = path.read_text(errors="replace") if step and path.exists() else ""
-    header, *lines = text.splitlines() or [""]
-    for line in lines:
-        with suppress(KeyError, ValueError):
-            row = dict(zip(header.split(","), line.split(","), strict=True))
-            if int(row["step"]) <= step and float(row["seconds"]) >= 0:
-                if "loss" not in row and row["lr"]:
-                    row["loss"] = row.pop("train_loss")
-                rows.setdefault(int(row["step"]), {}).update({name: value for name, value in row.items() if value})
-    return list(rows.values())
-
-
 def flops_per_token(model: LanguageModel, block_size: int) -> int:
     """Floating-point operations of training on one token: 6 a weight, 12 T C an attention (PaLM, appendix B)."""
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    attentions = sum(isinstance(module, CausalSelfAttention) for module in model.modules())
+    attentions = model.config.n_layer if isinstance(model, GPT) else 0
     return 6 * weights + 12 * attentions * block_size * model.config.n_embd
 
 

@@ -16,6 +16,7 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -40,6 +41,7 @@ BREAKDOWNS = {
     "--init_from=auto resumes from the last checkpoint",
 }
 ERASE_LINE = "\r\033[K"
+STOPPING = "stopping after this step or evaluation, with a checkpoint; Ctrl-C again stops at once, without"
 
 
 class UserError(Exception):
@@ -240,6 +242,33 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(status)
 
 
+class StopSignals:
+    """Within the block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) are only noted, in `received`.
+
+    A second Ctrl-C interrupts at once. The others may come twice: kernel and shell both send SIGHUP.
+    """
+
+    received = 0
+
+    def __enter__(self) -> "StopSignals":
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def note(self, number: int, _frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if number == signal.SIGINT and reporting():  # not of the others, which SIGKILL may follow
+            with suppress(RuntimeError):  # raised where the signal has interrupted another print
+                put(f"{ERASE_LINE * sys.stderr.isatty()}{STOPPING}\n", sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def say(error: UserError | OSError) -> int:
     """Print the error and return the exit status. All processes of a machine meet a UserError: the first prints it."""
     if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -249,21 +278,26 @@ def say(error: UserError | OSError) -> int:
     return getattr(error, "status", 1)
 
 
+def reporting() -> bool:
+    """Whether this is the process, of those that torchrun has started together, that shows how the run goes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def show(text: str) -> None:
-    """Print a line on stdout, in place of a progress line."""
-    if sys.stderr.isatty():
-        put(ERASE_LINE, sys.stderr)
-    put(text + "\n", sys.stdout)
+    """Print a line on stdout, in place of a progress line; in process 0 alone."""
+    if reporting():
+        put(ERASE_LINE * sys.stderr.isatty(), sys.stderr)
+        put(text + "\n", sys.stdout)
 
 
 class Progress:
-    """Progress on stderr: on a terminal one line, rewritten at most twice a second, else at most a line every 5 s."""
+    """Progress of process 0 on stderr: on a terminal a line, rewritten at most twice a second, else a line in 5 s."""
 
     def __init__(self):
         self.shown = -math.inf  # when the last one was
 
     def due(self) -> bool:
-        return time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 5)
+        return reporting() and time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 5)
 
     def show(self, text: str) -> None:
         if self.due():

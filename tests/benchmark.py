@@ -283,7 +283,7 @@ def our_step(vocab_size: int = 65, n_steps: int = 1, **settings: object) -> Call
     meta = load_meta(config.dataset) | {"vocab_size": vocab_size}
     tokens = Tokens(config.dataset, "train", meta, config.block_size)
     state = train.initial_state(config, meta, process)
-    model = train.parallel_and_compiled(state.model, config, process)
+    model = train.compiled_and_parallel(state.model, config, process)
 
     def take() -> None:
         for _ in range(n_steps):

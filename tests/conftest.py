@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+import config
 import prepare
 import train
 from prepare import PrepareConfig
@@ -108,6 +109,9 @@ def command(program, *arguments, **settings):
     """Run a program as a user would, in the current folder."""
     argv = [sys.executable, str(REPOSITORY / program), *arguments]
     return subprocess.run(argv, capture_output=True, text=True, timeout=120, **settings)
+
+
+STOPPING = config.STOPPING + "\n"  # the answer to Ctrl-C
 
 
 def free_port():

@@ -126,7 +126,7 @@ def fake_gpu():
         "torch._subclasses.fake_tensor.FakeTensor.numpy": lambda tensor: np.zeros(tensor.shape, int),
         "torch._subclasses.fake_tensor.init_gpu_context": lambda device: None,
         "train.State.save": lambda *_: None,
-        "train.Process.largest": lambda process, *numbers: list(numbers),
+        "train.Process.max_over_processes": lambda process, *numbers: list(numbers),
     }
     with ExitStack() as stack:
         for name, value in replaced.items():
@@ -179,7 +179,7 @@ def training_step(recipe, rows):
     """Of a step with a micro-batch of `rows` sequences: the config, FLOPs a token, work done, bytes at the peak."""
     config = read(train.TrainConfig, [f"{TESTS.parent}/config/{recipe}", f"--batch_size={rows}", "--dataset=none",
                                       "--gradient_accumulation_steps=1", "--out_dir=none"])  # fmt: skip
-    with fake_gpu() as watch, patch("train.Process.say"):
+    with fake_gpu() as watch, patch("train.show"):
         process = train.join_processes(config)
         state = train.initial_state(config, {"vocab_size": 50257 if "gpt2" in recipe else 65}, process)
         ids = torch.zeros(rows, config.block_size, dtype=torch.long, device=process.device)

@@ -16,9 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, checkpoint, command, free_port, losses, rows, same, tiny, train_here, without_progress
+from conftest import (
+    REPOSITORY,
+    STOPPING,
+    checkpoint,
+    command,
+    free_port,
+    losses,
+    rows,
+    same,
+    tiny,
+    train_here,
+    without_progress,
+)
 
 import prepare
+import sample
 import train
 from config import UserError
 
@@ -106,7 +119,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(datas
         wait_for_step(running, 21)
         running.send_signal(number)
         out, errors = running.communicate(timeout=60)
-    assert (running.returncode, without_progress(errors)) == (status, "")
+    assert (running.returncode, without_progress(errors)) == (status, STOPPING if number == signal.SIGINT else "")
     said = re.search(rf"^stopped by {number.name} after step (\d+); the same command resumes from there\n\Z", out, re.M)
     assert 21 <= int(said[1]) == checkpoint()["step"] < 150
     train.main(settings)
@@ -163,28 +176,120 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_before_an_evaluation_leaves_its_checkpoint_first(dataset, monkeypatch):
-    """The evaluation may take longer than who has sent the signal waits."""
-    saved = []
+def signal_in_step(monkeypatch, number, last):
+    """The process gets the signal while it takes the step after `last`."""
 
-    def stopped(model, state, *rest, original=train.train_step):
-        if state.step == 9:
-            monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
+    def step(model, state, *rest, original=train.train_step):
+        if state.step == last:
+            os.kill(os.getpid(), number)
         return original(model, state, *rest)
 
-    def evaluation(state, *rest, original=train.evaluation):
-        saved.append((state.step, state.step and checkpoint()["step"]))
-        return original(state, *rest)
+    monkeypatch.setattr(train, "train_step", step)
 
-    monkeypatch.setattr(train, "train_step", stopped)
-    monkeypatch.setattr(train, "evaluation", evaluation)
-    assert train.main(tiny()) == 143
-    assert saved == [(0, 0), (10, 10)]
-    monkeypatch.undo()
-    os.chdir(dataset.parent.parent)
+
+class KillError(Exception):
+    """Stands for SIGKILL: nothing after it is done."""
+
+
+def train_until(owner, name, where=lambda *_: True, after=False, **settings):
+    """A run that ends in a call of `owner.name` whose arguments are such, or right after it."""
+    original = getattr(owner, name)
+
+    def cut(*arguments, **keys):
+        if after or not where(*arguments):
+            result = original(*arguments, **keys)
+        if where(*arguments):
+            raise KillError
+        return result
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(owner, name, cut)
+        with pytest.raises(KillError):
+            train_here(**settings)
+
+
+def test_a_signal_before_an_evaluation_leaves_its_checkpoint_first(dataset, monkeypatch):
+    """The evaluation may take longer than who has sent the signal waits: the resumed run does it."""
+    evaluated = []
+    with monkeypatch.context() as stopped:
+        signal_in_step(stopped, signal.SIGTERM, last=9)
+        stopped.setattr(train, "evaluate", lambda s, *rest, f=train.evaluate: evaluated.append(s.step) or f(s, *rest))
+        assert train.main(tiny()) == 143
+    assert (evaluated, checkpoint()["step"]) == ([0], 10)
     train_here()
     train_here(out_dir="whole")
     assert_same_end("out", "whole")
+
+
+def test_a_run_stopped_before_an_evaluation_and_killed_in_it_misses_neither_row_nor_best_model(dataset, monkeypatch):
+    """Wild on purpose: the loss is the lowest at step 10, and a run that forgets it keeps a worse model."""
+    wild = {"learning_rate": 1.0, "min_lr": 0, "weight_decay": 0, "warmup_iters": 20}
+    with monkeypatch.context() as stopped:
+        signal_in_step(stopped, signal.SIGINT, last=9)
+        assert train.main(tiny(**wild)) == 130
+    for moment in (
+        {"owner": train, "name": "mean_loss"},
+        {"owner": train.State, "name": "save", "where": lambda state, name, *_: name == "best.pt", "after": True},
+        {"owner": train.Log, "name": "write"},
+        {"owner": train.Log, "name": "write", "after": True},
+    ):
+        train_until(**moment, **wild)
+        assert checkpoint()["step"] == 10
+    train_here(**wild)
+    train_here(**wild, out_dir="whole")
+    assert_same_end("out", "whole")
+    assert checkpoint("out/best.pt")["step"] == checkpoint()["best_step"] == 10
+    assert all(row["loss"] and row["val_loss"] for row in rows() if row["step"] in ("10", "20"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_an_evaluation_leaves_its_checkpoint_and_takes_no_further_step(dataset, monkeypatch, number):
+    def signalled(state, *rest, original=train.evaluate):
+        if state.step == 10:
+            os.kill(os.getpid(), number)
+        return original(state, *rest)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "evaluate", signalled)
+        assert train.main(tiny()) == 128 + number
+    assert checkpoint()["step"] == 10
+    assert (rows()[-1]["step"], bool(rows()[-1]["val_loss"])) == ("10", True)
+    train_here()
+    train_here(out_dir="whole")
+    assert_same_end("out", "whole")
+
+
+@pytest.mark.parametrize("moment", ["State.save", "Log.begin", "evaluate"])
+def test_a_run_from_scratch_leaves_nothing_of_another_run_wherever_it_is_killed(dataset, monkeypatch, moment, capsys):
+    """From its first checkpoint on, that is; before it, the other run is whole."""
+    (dataset.parent / "other").mkdir()
+    (dataset.parent / "other" / "input.txt").write_text("abc" * 5000)
+    train_here()
+    before = {path.name: path.read_bytes() for path in Path("out").glob("*.*")}
+    owner = {"State.save": train.State, "Log.begin": train.Log, "evaluate": train}[moment]
+    train_until(owner, moment.split(".")[-1], dataset="other", init_from="scratch")
+    if moment == "State.save":
+        assert {path.name: path.read_bytes() for path in Path("out").glob("*.*")} == before
+        return
+    if moment == "evaluate":
+        assert rows() == [] and not Path("out/best.pt").exists()
+    assert (checkpoint()["step"], checkpoint()["config"]["dataset"]) == (0, "other")
+    with monkeypatch.context() as stopped:
+        signal_in_step(stopped, signal.SIGTERM, last=4)
+        assert train.main(tiny(dataset="other")) == 143
+    assert [row["step"] for row in rows()] == ["0", "1", "5"]
+    capsys.readouterr()
+    sample.main(["--max_new_tokens=30"])
+    captured = capsys.readouterr()
+    assert captured.err == "out/ckpt.pt, step 5\n"
+    assert set(captured.out) <= set("abc\n")
+
+
+def test_out_of_memory_in_a_run_from_scratch_leaves_the_other_run_or_its_own(dataset):
+    train_here()
+    for name, step, steps in (("initial_state", 20, ["0", "1", "5", "10", "15", "20"]), ("evaluate", 0, [])):
+        train_until(train, name, init_from="scratch")
+        assert (checkpoint()["step"], [row["step"] for row in rows()]) == (step, steps)
 
 
 def test_a_kill_between_log_and_checkpoint_loses_no_row(dataset, monkeypatch):
@@ -365,7 +470,7 @@ def test_on_a_full_disk_the_old_checkpoint_stays_and_with_space_the_run_goes_on(
     before = [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()]
     ended = command("train.py", *tiny(**settings, lr_decay_iters=20))
     assert ended.returncode == 1
-    assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/best.pt'\n"
+    assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/ckpt.pt'\n"
     assert [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()] == before
     assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "lock", "log.csv", rest.name]
     rest.unlink()

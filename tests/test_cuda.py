@@ -64,9 +64,9 @@ def test_every_operator_finds_its_tensors_on_the_gpu(found, run):
 @pytest.mark.parametrize("run", [run for run in RUNS if RUNS[run][0] == "train"])
 def test_no_step_waits_for_the_gpu_and_an_evaluation_only_for_its_loss(found, run):
     waits = found[run]["waits"]
-    evaluations = {"resumed": 1, "124M": 2}.get(run, 3)
-    assert waits.keys() == {"train.py: latest", "train.py: evaluate"}
-    assert waits["train.py: evaluate"] == 2 * evaluations  # of the training and the validation split
+    evaluations = {"resumed": 2.5, "124M": 2}.get(run, 3)  # of best.pt's loss, of other tokens, only validation
+    assert waits.keys() == {"train.py: checked", "train.py: mean_loss"}
+    assert waits["train.py: mean_loss"] == 2 * evaluations  # of the training and the validation split
 
 
 @pytest.mark.parametrize(("run", "tokens"), [("one sample", 30), ("float32 sample", 30), ("samples", 0)])

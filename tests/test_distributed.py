@@ -122,8 +122,11 @@ ONE_OF_FOUR = """if True:
             os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
             stopped = name == "stopped"
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
-                status = train.main(argv)
-            on_disk = torch.load(f"{name}/ckpt.pt", weights_only=True)["step"]  # as soon as this process is through
+                try:
+                    status = train.main(argv)
+                    on_disk = torch.load(f"{name}/ckpt.pt", weights_only=True)["step"]  # when this process is through
+                except (OSError, train.UserError) as error:
+                    status, on_disk = [isinstance(error, OSError), str(error)], None
             found[name] = {"status": status, "out": out.getvalue(), "errors": errors.getvalue(), "step": on_disk}
             if processes > 1:
                 torch.distributed.destroy_process_group()
@@ -136,6 +139,7 @@ RUNS = {  # name: (processes, settings); who has nothing to do in a run waits fo
     "2": (2, {"max_iters": 4, "eval_iters": 0, "eval_interval": 100}),
     "2, part": (2, {"max_iters": 1, "eval_iters": 5}),
     "2 x 3, part": (2, {"max_iters": 4, "gradient_accumulation_steps": 3, "eval_iters": 5, "eval_interval": 100}),
+    "refused": (2, {"dataset": "file"}),
     "stopped": (2, {"max_iters": 100, "eval_iters": 1, "eval_interval": 100}),
     "1": (1, {"max_iters": 4, "eval_iters": 0, "eval_interval": 100}),
     "1, part": (1, {"max_iters": 1, "eval_iters": 5}),
@@ -151,6 +155,8 @@ def found(tmp_path_factory):
         text = " ".join(np.random.default_rng(0).choice(WORDS, size=30_000))[:100_000]
         with open("long.txt", "w") as file:
             file.write(text)
+        os.makedirs("data")
+        open("data/file", "w").close()
         prepare.main(["--dataset=long", "--input=long.txt", "--val_fraction=0.5"])
         runs = [(name, n, free_port(), tiny(**SHORT | own, out_dir=name)) for name, (n, own) in RUNS.items()]
         argv = [sys.executable, "-c", ONE_OF_FOUR, json.dumps(runs)]
@@ -200,7 +206,7 @@ def test_the_speed_is_that_of_all_tokens_of_a_step(found, run):
 
 @pytest.mark.parametrize("run", [name for name, (processes, _) in RUNS.items() if processes > 1])
 def test_process_0_alone_speaks(found, run):
-    assert "step 0: train loss" in found[0][run]["out"]
+    assert ("step 0: train loss" in found[0][run]["out"]) == (run != "refused")
     for process in found[1 : RUNS[run][0]]:
         assert process[run]["out"] == process[run]["errors"] == ""
 
@@ -209,3 +215,9 @@ def test_a_signal_to_all_processes_is_told_by_its_name_and_all_end_after_the_che
     """torchrun kills the others when the first has ended: none may leave while process 0 writes."""
     assert "stopped by SIGTERM after step 5; the same command" in found[0]["stopped"]["out"]
     assert [(process["stopped"]["status"], process["stopped"]["step"]) for process in found[:2]] == [(143, 5)] * 2
+
+
+def test_a_system_error_of_process_0_ends_all_and_is_its_own_to_tell(found):
+    """The others raise what run() shows once a machine."""
+    statuses = [process["refused"]["status"] for process in found[:2]]
+    assert statuses == [[True, "[Errno 17] File exists: 'data/file'"], [False, "[Errno 17] File exists: 'data/file'"]]

@@ -399,7 +399,7 @@ def nanogpt(path, compiled=False, **changes):
     args = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     content = {
         "model": {prefix + name: tensor for name, tensor in model.state_dict().items()} | mask,
-        "optimizer": train.optimizer_of(model, train.TrainConfig()).state_dict(),
+        "optimizer": train.make_optimizer(model, train.TrainConfig()).state_dict(),
         "model_args": {name: getattr(config, name) for name in args},
         "iter_num": 2000,
         "best_val_loss": torch.tensor(1.88),

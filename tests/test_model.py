@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, WORTH_PACKING, Bigram, GPTConfig, PackedLinear, attention, dropout, for_inference, sample_token
+from model import GPT, Bigram, GPTConfig, attention, dropout, sample_token
 
 SMALL = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 REFERENCE = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "bias": False}
@@ -338,36 +338,6 @@ def test_generate_keeps_the_prompt_and_the_mode(gpt, idx):
     assert gpt.generate(idx, 0).equal(idx)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_packed_layers_compute_the_same(bias):
-    torch.manual_seed(0)
-    plain = lively(GPT(GPTConfig(65, block_size=32, n_layer=2, n_head=2, n_embd=64, bias=bias)))
-    packed = for_inference(plain, pack=True)
-    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
-    for shape in ((1, 1), (1, 32), (10, 7)):
-        idx = torch.randint(65, shape)
-        torch.testing.assert_close(packed(idx)[0], plain(idx)[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("place", [torch.bfloat16, torch.float16, torch.device("meta")])
-def test_only_float32_on_a_cpu_is_packed(gpt, place):  # not every CPU packs the others
-    assert not any(isinstance(module, PackedLinear) for module in for_inference(gpt.to(place), pack=True).modules())
-
-
-def test_a_long_text_is_written_with_packed_layers_and_a_layer_of_ones_own_is_not(gpt, idx, monkeypatch):
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    packed = []
-    monkeypatch.setattr("model.PackedLinear", lambda layer: packed.append(layer) or layer)
-    gpt.transformer.h[1].mlp.c_fc = Doubled(32, 128)
-    gpt.generate(idx, WORTH_PACKING - 1)
-    assert packed == []
-    gpt.generate(idx, WORTH_PACKING)
-    assert len(packed) == 2 * 4 - 1 + 1
-
-
 def test_a_model_stays_in_training_while_it_writes_and_may_be_trained_on_its_text(gpt, idx):
     stream = gpt.train().stream(idx, 60, None, 0, None, None, None)
     next(stream)
@@ -377,17 +347,11 @@ def test_a_model_stays_in_training_while_it_writes_and_may_be_trained_on_its_tex
     next(stream)
 
 
-def test_a_copy_for_inference_shares_parameters_and_hooks(gpt, idx):
-    copied, called = for_inference(gpt, pack=False), []
-    assert [id(parameter) for parameter in copied.parameters()] == [id(parameter) for parameter in gpt.parameters()]
-    gpt.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: called.append(1))
+def test_writing_takes_the_models_own_parameters_and_calls_its_hooks(gpt, idx):
+    layer, called = gpt.transformer.h[0].mlp.c_fc, []
+    layer.register_forward_hook(lambda module, *_: called.append(module.weight is layer.weight))
     gpt.generate(idx[:, :1], 50)
-    assert len(called) == 50  # although packed layers have none
-
-
-def test_under_autocast_nothing_is_packed(gpt, idx):
-    with torch.autocast("cpu", torch.bfloat16):
-        assert gpt.generate(idx, 60).shape == (3, 76)
+    assert called == [True] * 50
 
 
 def test_writing_keeps_no_graph_for_a_backward_pass(gpt, idx, monkeypatch):
