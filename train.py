@@ -190,11 +190,8 @@ def main(argv: list[str]) -> int | None:
         again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
-    show(
-        f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}; "
-        f"try python sample.py --out_dir={config.out_dir}"
-    )
-    return None
+    best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}"
+    show(f"{best}; try python sample.py --out_dir={config.out_dir}")
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
@@ -379,8 +376,7 @@ class State:
         for group in hyperparameters:
             group["lr"] = learning_rate(max(0, step - 1), config)
         self.optimizer.load_state_dict(saved | {"param_groups": hyperparameters})
-        if scaler:
-            self.scaler.load_state_dict(scaler)
+        self.scaler.load_state_dict(scaler or self.scaler.state_dict())
         for name in ("step", "best_val_loss", "best_step", "best_tokens"):
             setattr(self, name, checkpoint.get(name))  # best_tokens is newer than some checkpoints
 
@@ -410,10 +406,9 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     if source == path:
         with usable(path):
             state.restore(checkpoint, config)
-        before = checkpoint["config"]
-        changed = changes(before, {name: value for name, value in asdict(config).items() if name in before})
-        changed = f"; changed since: {', '.join(changed.values())}" if changed else ""
-        show(f"resuming from {path} at step {state.step}{changed}")
+        known = {name: value for name, value in asdict(config).items() if name in checkpoint["config"]}
+        changed = ", ".join(changes(checkpoint["config"], known).values())
+        show(f"resuming from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
     elif source:
         show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -683,11 +678,9 @@ class Log:
             return
         step, config = self.state.step, self.config
         left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step is slow
-        text = "step {}/{} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
-        text = text.format(step, config.max_iters, **metrics)
-        speed = metrics["tokens_per_second"]
-        text += f"{speed / 1e3:,.{int(speed < 1e4)}f}k tok/s | "
-        text += f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
+        speed, mfu = metrics["tokens_per_second"] / 1e3, f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
+        text = f"step {step}/{config.max_iters} | loss {metrics['loss']:.2f} | lr {metrics['lr']:.1e} | "
+        text += f"grad {metrics['grad_norm']:.2f} | {speed:,.{int(speed < 10)}f}k tok/s | {mfu}"
         progress.show(f"{text}eta {timedelta(seconds=round(left))}")
         if len(self.pace) == 4 and left > 3600 and self.process.device.type == "cpu":
             small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"

@@ -191,6 +191,26 @@ class KillError(Exception):
     """Stands for SIGKILL: nothing after it is done."""
 
 
+def test_after_a_signal_nothing_is_shown_before_the_checkpoint(dataset, monkeypatch):
+    """SIGKILL may follow, and a terminal that is closed or full may block."""
+    done = []
+    monkeypatch.setattr(train, "show", lambda text: done.append("show"))
+    monkeypatch.setattr(train.progress, "show", lambda text: done.append("show"))
+    monkeypatch.setattr(train.State, "save", lambda *given, f=train.State.save: done.append("save") or f(*given))
+    monkeypatch.setattr(train.progress, "due", lambda: True)
+
+    def step(model, state, *rest, original=train.train_step):
+        if state.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.clear()
+        return original(model, state, *rest)
+
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.main(tiny()) == 143
+    assert done[0] == "save"
+    assert "show" in done
+
+
 def train_until(owner, name, where=lambda *_: True, after=False, **settings):
     """A run that ends in a call of `owner.name` whose arguments are such, or right after it."""
     original = getattr(owner, name)

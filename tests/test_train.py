@@ -532,6 +532,18 @@ def test_bits_per_byte_compare_tokenizers(folder, capsys):
         assert float(said) == pytest.approx(bits, abs=2e-4)
 
 
+def test_bits_per_byte_of_an_evaluation_that_is_repeated_on_a_part_are_gone(dataset):
+    train_here(max_iters=10, eval_iters=0)
+    assert rows()[-1]["bits_per_byte"]
+    before = rows()[-1]
+    train_here(max_iters=11, eval_iters=1)
+    [row] = (row for row in rows() if row["step"] == "10")
+    assert row["val_loss"] != before["val_loss"]
+    same_names = ("seconds", "loss", "lr", "grad_norm", "tokens_per_second")
+    assert [row[name] for name in same_names] == [before[name] for name in same_names]
+    assert row["bits_per_byte"] == ""
+
+
 def test_eval_only_evaluates_and_writes_nothing(dataset, capsys):
     train_here()
     before = {path.name: path.read_bytes() for path in (dataset.parent.parent / "out").iterdir()}
@@ -709,7 +721,11 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(dataset, changes, dif
         train_here(**changes, max_iters=30)
     assert str(error.value).startswith("out/ckpt.pt holds another model or text or optimizer than asked for (")
     assert difference in str(error.value)
+    assert str(error.value).endswith("); use another --out_dir, or overwrite this run with --init_from=scratch")
     assert same(checkpoint(), before)
+    train_here(**changes, max_iters=1, out_dir="another")
+    train_here(**changes, max_iters=1, init_from="scratch")
+    assert checkpoint()["step"] == 1
 
 
 def test_another_text_under_a_running_model_is_refused(dataset, capsys):
@@ -723,11 +739,11 @@ def test_another_text_under_a_running_model_is_refused(dataset, capsys):
         train_here(max_iters=30)
     assert re.fullmatch(
         r"out/ckpt.pt holds another model or text or optimizer than asked for \(sha256 '.*' -> '.*'\); "
-        r".*another --out_dir.* --init_from=out/ckpt.pt.*",
+        r"use another --out_dir, where --init_from=out/ckpt.pt fine-tunes these weights",
         str(error.value),
     )
     assert same(checkpoint(), before)
-    train_here(init_from="out/best.pt", out_dir="fine", max_iters=1)  # on purpose
+    train_here(init_from="out/ckpt.pt", out_dir="fine", max_iters=1)  # on purpose
     Path("data/shakespeare_char/input.txt").write_text(text)
     prepare.main([])
     train_here(max_iters=30)
@@ -846,6 +862,14 @@ def test_max_iters_is_exactly_the_number_of_steps(dataset, monkeypatch):
     train_here(max_iters=17)
     assert steps == list(range(17))
     assert checkpoint()["step"] == 17
+
+
+def test_the_figures_of_each_step_are_read_once(dataset, monkeypatch):
+    read = []
+    monkeypatch.setattr(train, "checked", lambda new, *rest, f=train.checked: read.append(len(new)) or f(new, *rest))
+    train_here(log_interval=5)
+    assert sum(read) == 20
+    assert max(read) <= 5
 
 
 @pytest.fixture
