@@ -334,6 +334,11 @@ def sample(bench: Bench) -> list[Row]:
                 unit="tok/s",
             )
         )
+    model.to(torch.bfloat16)
+    for n in (1, 10):
+        work, idx = f"the same in bfloat16, {n} x 500 tokens", torch.zeros(n, 1, dtype=torch.long)
+        limit = [500 * n_bytes / 2 / bench.bandwidth]
+        rows.append(bench.row(work, partial(model.generate, idx, 500, 0.8), limit=limit, amount=500 * n, unit="tok/s"))
     return rows
 
 
