@@ -1,9 +1,8 @@
 """Train a GPT. Read `main` for the run from start to end, `train_step` for one step.
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
-(seed, k), its dropout from (seed, k, rank, micro-batch), evaluation reads fixed blocks. So a killed run resumes from
-its last checkpoint (bit for bit on a CPU), one process and eight see the same batches, and all
-evaluations of a text are of the same tokens.
+(seed, k), its dropout from (seed, k, rank, micro-batch), and each evaluation of a run reads the same blocks. So a
+killed run resumes from its last checkpoint (bit for bit on a CPU), and one process and eight see the same batches.
 
     python train.py                                          the reference model on Tiny Shakespeare
     python train.py config/shakespeare_char_cpu.py           a small one, a minute or two on a laptop
@@ -39,13 +38,14 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
+BEST = ("best_val_loss", "best_step", "best_tokens")  # what a run knows of its best.pt
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
     "wandb_log": "--tensorboard=True draws curves",
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
     "backend": "it is nccl on GPUs, gloo on CPUs",
 }
-# Dense bfloat16 FLOP/s of a card, from its maker's data sheet. The first pattern found in its name counts.
+# Dense bfloat16 FLOP/s, from the makers' data sheets: of cards whose names match the pattern; the first match counts.
 PEAK_FLOPS = {
     "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
     "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, r"\bB200": 2250e12,
@@ -116,7 +116,7 @@ class TrainConfig:
         self.model_config(vocab_size=1)
         if self.init_from not in STARTS:
             self.init_from = os.path.normpath(self.init_from)
-            if not self.path("ckpt.pt").exists():  # a run that resumes needs its pretrained weights no more
+            if not self.path("ckpt.pt").exists():  # a resumed run does not need its pretrained weights
                 checkpoint_in(self.init_from, STARTS)
 
     def path(self, name: str) -> Path:
@@ -152,42 +152,44 @@ def main(argv: list[str]) -> int | None:
         update_best(state, splits["val"], config, process)
         log = Log(config, state, process)
         if process.rank == 0:
-            if state.step == 0:  # first: from here on, nothing of another run counts
+            if state.step == 0:  # first: whenever a kill comes, the next start sees step 0 and does the rest
                 state.save("ckpt.pt", config)
             log.begin()
-            if state.best_val_loss == math.inf:
+            if state.best_val_loss == math.inf:  # best.pt is another run's
                 config.path("best.pt").unlink(missing_ok=True)
         signals = until_the_end.enter_context(StopSignals())
-        pending = []  # loss and gradient norm of each step since the last report: no step waits for the device
+        pending = []  # loss and gradient norm of each step since the last report, on the device: no step waits for it
         while True:
-            last = state.step >= config.max_iters
-            evaluating = last or state.step % config.eval_interval == 0
-            logging = evaluating or state.step % config.log_interval == 0 or state.step == 1
             stop, showing = process.max_over_processes(signals.received, progress.due())
+            last = state.step >= config.max_iters
+            due = last or state.step % config.eval_interval == 0
+            evaluating, logging = due and not stop, due or state.step % config.log_interval == 0 or state.step == 1
             if logging or showing or stop:
                 # Raises where a loss is not finite, before anything is written.
                 metrics = log.measure(*checked(pending, state, config, process)) if pending else {}
-                if evaluating and not stop:
+                if evaluating:
                     metrics |= evaluate(state, splits, config, process)
                 if process.rank == 0:
-                    if state.step > 0 and metrics.get("val_loss", math.inf) < state.best_val_loss:
-                        state.best_val_loss, state.best_step = metrics["val_loss"], state.step
+                    if evaluating and state.best_step == state.step:
                         state.save("best.pt", config)
-                    if logging and metrics:
+                    if logging and metrics:  # before ckpt.pt: a resumed run can drop a row past its step, not add one
                         log.write(metrics)
-                    if evaluating or stop:  # after the log, from which a resumed run drops rows past its checkpoint
+                    if evaluating or stop:
                         state.save("ckpt.pt", config)
-                if evaluating or stop:  # none leaves before process 0 has written: torchrun would kill it
-                    stop = process.max_over_processes(signals.received)[0]
                 log.show(metrics)
-                if stop or last:
+                if evaluating and last:
+                    break
+                if evaluating or stop:  # None leaves while process 0 writes: torchrun would end it. And a signal during
+                    stop = process.max_over_processes(signals.received)[0]  # the evaluation takes effect here.
+                if stop:
                     break
                 pending.clear()
                 log.start_clock()  # evaluating and saving are not training
             pending.append(train_step(model, state, splits["train"], config, process))
             state.step += 1
     if stop:
-        again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
+        scratch = config.init_from == "scratch" and "init_from" in config.given
+        again = "the same command without --init_from" if scratch else "the same command"
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
     best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}"
@@ -214,7 +216,7 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=process.world_size == 1)  # else they stay views of DDP's buckets
+    state.optimizer.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients must stay views of its buckets
     return torch.stack((total_loss, grad_norm))
 
 
@@ -273,7 +275,10 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
 
 
 def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
-    """Show and return the mean losses of both splits. Raises UserError for a validation loss that is not finite."""
+    """Show and return the mean losses of both splits; `state` keeps the lowest validation loss after step 0.
+
+    Raises UserError for a validation loss that is not finite.
+    """
     n_tokens = evaluated_tokens(splits["val"], config)
     train_loss, val_loss = (mean_loss(state.model, split, n_tokens, config, process) for split in splits.values())
     show(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
@@ -283,6 +288,8 @@ def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, proce
         show(f"step {state.step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
     if not math.isfinite(val_loss):
         raise diverged(f"validation loss is {val_loss}", state.step, config)
+    if state.step > 0 and val_loss < state.best_val_loss:
+        state.best_val_loss, state.best_step = val_loss, state.step
     return metrics
 
 
@@ -294,9 +301,9 @@ def evaluated_tokens(tokens: Tokens, config: TrainConfig) -> int:
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
-    """Mean loss, in nats a token, of predicting `n_tokens` tokens of a split from its second on, in consecutive blocks.
+    """Mean loss, in nats a token, of predicting tokens 1 to `n_tokens` of a split (0 is given), block after block.
 
-    The processes share the blocks. The model is the uncompiled one: each new shape would be compiled anew.
+    The processes share the blocks. The model is the uncompiled one: these batches differ in shape from training's.
     """
     n_tokens = min(n_tokens, len(tokens) - 1)
     length = config.block_size
@@ -318,15 +325,15 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
 
 
 def update_best(state: State, tokens: Tokens, config: TrainConfig, process: Process) -> None:
-    """Evaluate best.pt once more if its loss is the mean of other validation tokens than those of this run."""
+    """Evaluate best.pt once more if its loss was measured on another number of validation tokens than is read now."""
     n_tokens, path = evaluated_tokens(tokens, config), config.path("best.pt")
-    if state.best_step is not None and state.best_tokens != n_tokens:
+    if not process.on_rank_0(path.exists):
         state.best_val_loss, state.best_step = math.inf, None
-        if process.on_rank_0(path.exists):
-            model, best = open_model(path)
-            state.best_val_loss = mean_loss(model.to(process.device), tokens, n_tokens, config, process)
-            state.best_step = best["step"]
-            show(f"{path}: val loss {state.best_val_loss:.4f} on the {n_tokens:,} tokens that are evaluated now")
+    elif state.best_step is not None and state.best_tokens != n_tokens:
+        model, best = open_model(path)
+        loss = mean_loss(model.to(process.device), tokens, n_tokens, config, process)
+        show(f"{path}: val loss {loss:.4f} on the {n_tokens:,} tokens that are evaluated now")
+        state.best_val_loss, state.best_step = loss, best["step"]
     state.best_tokens = n_tokens
 
 
@@ -344,12 +351,12 @@ class State:
     step: int = 0
     best_val_loss: float = math.inf  # of the evaluations after step 0
     best_step: int | None = None
-    best_tokens: int | None = None  # how many validation tokens it is the mean of
+    best_tokens: int | None = None  # how many validation tokens best_val_loss was measured on
 
     def save(self, name: str, config: TrainConfig) -> None:
         """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir."""
         checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
-        checkpoint |= {name: getattr(self, name) for name in ("step", "best_val_loss", "best_step", "best_tokens")}
+        checkpoint |= {"step": self.step, **{name: getattr(self, name) for name in BEST}}
         checkpoint |= {"config": asdict(config), **{name: self.meta.get(name) for name in ("sha256", "train_tokens")}}
         checkpoint["tokenizer"] = {name: self.meta[name] for name in TOKENIZER_FACTS if name in self.meta}
         if name == "ckpt.pt":
@@ -360,25 +367,27 @@ class State:
     def restore(self, checkpoint: dict, config: TrainConfig) -> None:
         """Set optimizer, scaler and step to the checkpoint's. Raises ValueError where they do not fit the weights."""
         step, scaler, saved = (checkpoint[name] for name in ("step", "scaler", "optimizer"))
+        # A step along zero gradients shows what the optimizer's state must look like; then it is undone.
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()  # makes a state, to tell which names and shapes the loaded one must have
+        self.optimizer.step()
         self.optimizer.zero_grad()
-        self.model.load_state_dict(checkpoint["model"])  # that step has decayed the weights
+        self.model.load_state_dict(checkpoint["model"])
         expected = shapes_and_types(self.optimizer.state_dict()["state"])
-        self.optimizer.state.clear()  # two of them may not fit into memory
-        none_yet = not saved["state"] and (step == 0 or scaler)  # float16 gradients may all have overflowed
+        self.optimizer.state.clear()
+        none_yet = not saved["state"] and (step == 0 or scaler)  # all float16 gradients so far may have overflowed
         if not none_yet and shapes_and_types(saved["state"]) != expected:
             raise ValueError("its optimizer state does not fit its weights")
         if scaler and shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
             raise ValueError(f"its scaler is {short(scaler)}")
-        hyperparameters = self.optimizer.state_dict()["param_groups"]  # are those of this config
-        for group in hyperparameters:
+        groups = self.optimizer.state_dict()["param_groups"]  # betas and weight decay are this config's
+        for group in groups:
             group["lr"] = learning_rate(max(0, step - 1), config)
-        self.optimizer.load_state_dict(saved | {"param_groups": hyperparameters})
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         self.scaler.load_state_dict(scaler or self.scaler.state_dict())
-        for name in ("step", "best_val_loss", "best_step", "best_tokens"):
+        for name in BEST:
             setattr(self, name, checkpoint.get(name))  # best_tokens is newer than some checkpoints
+        self.step = step
 
 
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
@@ -436,7 +445,7 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
 
 
 def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
-    """Put the shape of the weights into `config`; of a run that is resumed, also its optimizer and where it began.
+    """Put the shape of the weights into `config`; when resuming, also optimizer and init_from.
 
     Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
@@ -445,7 +454,7 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
     asked = config.given - ({"init_from"} if config.init_from in STARTS else set())
     found = {**checkpoint, **checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
     found["model"] = type(model).__name__.lower()
-    facts = ("vocab_size", "chars", "json", *(("sha256", "train_tokens") if resuming else ()))  # of tokens and text
+    facts = ("vocab_size", "chars", "json", *(("sha256", "train_tokens") if resuming else ()))  # tokens; text and split
     wanted = {name: getattr(config, name) for name in adopted if name in asked}
     wanted |= {name: meta[name] for name in facts if name in meta and found.get(name)}
     if different := changes(found, wanted):
@@ -467,9 +476,9 @@ def changes(old: dict, new: dict) -> dict[str, str]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) with decay on matrices only: gains and biases have no reason to be small.
+    """AdamW (Loshchilov & Hutter, 2019) with weight decay on matrices only, not on gains and biases.
 
-    optimizer="muon": the matrices inside the blocks take Muon's step, in `dtype` (float32 for float16: it underflows).
+    optimizer="muon": the matrices inside the blocks take Muon's step, in `dtype`, or float32 where float16 underflows.
     """
     muon, decay, betas = config.optimizer == "muon", config.weight_decay, (config.beta1, config.beta2)
     groups = [{"params": [], "weight_decay": each, "betas": betas} for each in (decay, 0.0, decay)]
@@ -535,7 +544,7 @@ class Process:
         return values
 
     def max_over_processes(self, *numbers: int) -> list[int]:
-        """The largest of each over all processes, so that they decide alike; on the CPU: no GPU is waited for."""
+        """The largest of each over all processes, so that they decide alike; between CPUs: no GPU is waited for."""
         return self.all_reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
 
     def on_rank_0(self, make: Callable[..., Any], *arguments: object) -> Any:
@@ -592,8 +601,8 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype `name`, or the fastest that is safe on the device. Raises ConfigError for an unsafe one."""
     if name == "float16" and device.type != "cuda":
         raise ConfigError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
-    # bfloat16 pays on a CPU with instructions for it: AMX, or those of AVX-512 on an AMD EPYC. On an Intel Xeon (family
-    # 6, model 207) restricted to AVX-512, a step of the small recipe takes 1.6 times as long as in float32.
+    # bfloat16 is faster with AMX, and with AVX-512's instructions for it on an AMD EPYC. On an Intel Xeon (family 6,
+    # model 207) without its AMX, a step of the small recipe takes 1.6 times as long as in float32.
     cpu = torch.cpu.get_capabilities()
     fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
     return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
@@ -602,8 +611,8 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
 def compiled_and_parallel(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
     """The same weights, for training: kernels fused, gradients averaged over the processes.
 
-    Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. Even so it divides the
-    graph where a bucket of gradients is full, so that all-reduce and backward pass overlap.
+    Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. It still splits the
+    graph at the bounds of DDP's buckets of gradients, so that they are all-reduced during the backward pass.
     """
     if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
         try:
@@ -652,7 +661,8 @@ class Log:
 
             with explained(f"data/{self.config.dataset}/meta.json has no usable tokenizer"):
                 self.tokenizer = tokenizer_of(self.state.meta)
-            self.writer = SummaryWriter(self.config.out_dir, purge_step=self.state.step)
+            first = self.state.step + 1 if self.state.step else 0
+            self.writer = SummaryWriter(self.config.out_dir, purge_step=first)
 
     def replace_rows(self) -> None:
         with replacing(self.path) as file:
@@ -673,7 +683,7 @@ class Log:
         return metrics | ({"mfu": self.flops_per_token * speed / self.peak_flops} if self.peak_flops else {})
 
     def show(self, metrics: dict[str, float]) -> None:
-        """Show how far the run is; of a step that was measured."""
+        """Show how far the run is, unless no step was measured."""
         if "loss" not in metrics:
             return
         step, config = self.state.step, self.config
@@ -687,7 +697,7 @@ class Log:
             show(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Add the row of this step, or complete the one that a resumed run has of it already."""
+        """Add the row of this step; where a resumed run repeats an evaluation, replace its columns in the old row."""
         step, seconds = self.state.step, round(time.perf_counter() - self.started, 3)
         row = {"step": step, "seconds": seconds} | self.rows.get(step, {}) | {"bits_per_byte": ""}
         row |= {name: f"{value:.7g}" for name, value in metrics.items()}
@@ -698,8 +708,8 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(self.line(row))
         if self.writer:
-            for name in filter(row.get, self.COLUMNS[2:]):
-                self.writer.add_scalar(name, float(row[name]), step)
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
             if "val_loss" in metrics:  # indented: Markdown shows it verbatim
                 self.writer.add_text("sample", "    " + self.sample().replace("\n", "\n    "), step)
             self.writer.flush()
@@ -713,7 +723,7 @@ class Log:
 
 
 def flops_per_token(model: LanguageModel, block_size: int) -> int:
-    """Floating-point operations of training on one token: 6 a weight, 12 T C an attention (PaLM, appendix B)."""
+    """Floating-point operations of training on one token: 6 per weight, 12 T C per attention (PaLM, appendix B)."""
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     attentions = model.config.n_layer if isinstance(model, GPT) else 0
     return 6 * weights + 12 * attentions * block_size * model.config.n_embd

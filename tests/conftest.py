@@ -120,6 +120,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def signal_in_step(monkeypatch, number, last):
+    """The process gets the signal while it takes the step after `last`."""
+
+    def step(model, state, *rest, original=train.train_step):
+        if state.step == last:
+            os.kill(os.getpid(), number)
+        return original(model, state, *rest)
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
 def without_progress(errors):
     return re.sub(r"^(step \d+/|evaluating ).*\n", "", errors, flags=re.MULTILINE)
 

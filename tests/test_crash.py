@@ -25,6 +25,7 @@ from conftest import (
     losses,
     rows,
     same,
+    signal_in_step,
     tiny,
     train_here,
     without_progress,
@@ -176,17 +177,6 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def signal_in_step(monkeypatch, number, last):
-    """The process gets the signal while it takes the step after `last`."""
-
-    def step(model, state, *rest, original=train.train_step):
-        if state.step == last:
-            os.kill(os.getpid(), number)
-        return original(model, state, *rest)
-
-    monkeypatch.setattr(train, "train_step", step)
-
-
 class KillError(Exception):
     """Stands for SIGKILL: nothing after it is done."""
 
@@ -332,7 +322,22 @@ def test_a_kill_between_log_and_checkpoint_loses_no_row(dataset, monkeypatch):
 def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, monkeypatch):
     monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
     assert train.main(tiny(init_from="scratch")) == 143
-    assert "the same command without --init_from resumes from there" in capsys.readouterr().out
+    assert "; the same command without --init_from resumes from there" in capsys.readouterr().out
+    assert train.main(tiny()) == 143
+    assert "; the same command resumes from there" in capsys.readouterr().out
+
+
+def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop_the_run(dataset, monkeypatch, capsys):
+    def signalled(state, *rest, original=train.evaluate):
+        if state.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(state, *rest)
+
+    monkeypatch.setattr(train, "evaluate", signalled)
+    assert train.main(tiny()) is None
+    assert "stopped by" not in (out := capsys.readouterr().out)
+    assert "best validation loss" in out
+    assert checkpoint()["step"] == 20
 
 
 def test_a_run_whose_weights_are_not_finite_is_not_saved_when_it_is_stopped(dataset, monkeypatch):
@@ -490,7 +495,7 @@ def test_on_a_full_disk_the_old_checkpoint_stays_and_with_space_the_run_goes_on(
     before = [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()]
     ended = command("train.py", *tiny(**settings, lr_decay_iters=20))
     assert ended.returncode == 1
-    assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/ckpt.pt'\n"
+    assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/best.pt'\n"
     assert [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()] == before
     assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "lock", "log.csv", rest.name]
     rest.unlink()

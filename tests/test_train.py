@@ -26,6 +26,7 @@ from conftest import (
     losses,
     rows,
     same,
+    signal_in_step,
     tiny,
     train_here,
     without_progress,
@@ -606,11 +607,13 @@ def test_a_best_loss_only_counts_among_evaluations_of_the_same_tokens(dataset, c
     assert "that are evaluated now" not in capsys.readouterr().out  # once
 
 
-def test_a_best_model_that_is_gone_is_no_bar_to_the_next(dataset):
+@pytest.mark.parametrize("eval_iters", [0, 2])
+def test_a_best_model_that_is_gone_is_no_bar_to_the_next(dataset, eval_iters):
     train_here(eval_iters=2)
     Path("out/best.pt").unlink()
-    train_here(eval_iters=0, max_iters=30)
+    train_here(eval_iters=eval_iters, max_iters=30, learning_rate=3.0)  # the rate makes it worse
     assert checkpoint("out/best.pt")["best_val_loss"] == checkpoint()["best_val_loss"]
+    assert checkpoint("out/best.pt")["step"] == checkpoint()["best_step"] == 20
 
 
 @pytest.mark.parametrize(
@@ -1065,6 +1068,14 @@ def test_tensorboard_shows_the_curves_and_samples(dataset, capsys):
     written = texts["sample/text_summary"][20].replace("\n    ", "\n").removeprefix("    ")
     assert len(written) == 201
     assert set(written) <= set(checkpoint()["tokenizer"]["chars"])
+
+
+def test_tensorboard_keeps_the_step_at_which_a_run_was_stopped(dataset, monkeypatch):
+    with monkeypatch.context() as stopped:
+        signal_in_step(stopped, signal.SIGTERM, last=14)
+        assert train.main(tiny(tensorboard=True)) == 143
+    train_here(tensorboard=True)
+    assert set(events()[0]["loss"]) == {1, 5, 10, 15, 20}
 
 
 def test_tensorboard_changes_no_bit_and_forgets_steps_that_are_taken_again(dataset):
