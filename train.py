@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-BEST = ("best_val_loss", "best_step", "best_tokens")  # what a run knows of its best.pt
+TEXT_FACTS = ("sha256", "train_tokens")  # of meta.json and a checkpoint: which text, and where it is split
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
     "wandb_log": "--tensorboard=True draws curves",
@@ -145,42 +146,44 @@ def main(argv: list[str]) -> int | None:
             process.on_rank_0(lambda: until_the_end.enter_context(locked(config.path("lock"))))
         state = initial_state(config, meta, process)
         splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
-        if config.eval_only:
-            evaluate(state, splits, config, process)
-            return None
-        model = compiled_and_parallel(state.model, config, process)
-        update_best(state, splits["val"], config, process)
         log = Log(config, state, process)
+        if config.eval_only:
+            return log.show(evaluate(state, splits, config, process))
+        model = compiled_and_parallel(state.model, config, process)
         if process.rank == 0:
             if state.step == 0:  # first: whenever a kill comes, the next start sees step 0 and does the rest
                 state.save("ckpt.pt", config)
             log.begin()
             if state.best_val_loss == math.inf:  # best.pt is another run's
                 config.path("best.pt").unlink(missing_ok=True)
+        update_best(state, splits["val"], config, process)
         signals = until_the_end.enter_context(StopSignals())
         pending = []  # loss and gradient norm of each step since the last report, on the device: no step waits for it
         while True:
             stop, showing = process.max_over_processes(signals.received, progress.due())
             last = state.step >= config.max_iters
-            due = last or state.step % config.eval_interval == 0
-            evaluating, logging = due and not stop, due or state.step % config.log_interval == 0 or state.step == 1
+            evaluation_due = last or state.step % config.eval_interval == 0
+            evaluating = evaluation_due and not stop
+            logging = evaluation_due or state.step % config.log_interval == 0 or state.step == 1
             if logging or showing or stop:
                 # Raises where a loss is not finite, before anything is written.
                 metrics = log.measure(*checked(pending, state, config, process)) if pending else {}
                 if evaluating:
                     metrics |= evaluate(state, splits, config, process)
-                if process.rank == 0:
-                    if evaluating and state.best_step == state.step:
-                        state.save("best.pt", config)
-                    if logging and metrics:  # before ckpt.pt: a resumed run can drop a row past its step, not add one
+                if process.rank == 0:  # in this order: what a kill leaves out, the resumed run does
+                    if logging and metrics:
                         log.write(metrics)
                     if evaluating or stop:
                         state.save("ckpt.pt", config)
+                    if metrics.get("val_loss") == state.best_val_loss:
+                        state.save("best.pt", config)
                 log.show(metrics)
                 if evaluating and last:
                     break
-                if evaluating or stop:  # None leaves while process 0 writes: torchrun would end it. And a signal during
-                    stop = process.max_over_processes(signals.received)[0]  # the evaluation takes effect here.
+                # A signal may have come during the evaluation. And after a stop, all wait for process 0, for torchrun
+                # ends the others as soon as one has left.
+                if evaluating or stop:
+                    stop = process.max_over_processes(signals.received)[0]
                 if stop:
                     break
                 pending.clear()
@@ -275,21 +278,19 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
 
 
 def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
-    """Show and return the mean losses of both splits; `state` keeps the lowest validation loss after step 0.
+    """The mean losses of both splits. `state` keeps the lowest validation loss after step 0.
 
     Raises UserError for a validation loss that is not finite.
     """
     n_tokens = evaluated_tokens(splits["val"], config)
     train_loss, val_loss = (mean_loss(state.model, split, n_tokens, config, process) for split in splits.values())
-    show(f"step {state.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+    if not math.isfinite(val_loss):
+        raise diverged(f"validation loss is {val_loss}", state.step, config)
+    if state.step > 0 and val_loss <= state.best_val_loss:
+        state.best_val_loss, state.best_step = val_loss, state.step
     metrics = {"train_loss": train_loss, "val_loss": val_loss}
     if splits["val"].n_bytes and n_tokens == len(splits["val"]) - 1:  # the whole split, whose bytes are known
         metrics["bits_per_byte"] = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
-        show(f"step {state.step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
-    if not math.isfinite(val_loss):
-        raise diverged(f"validation loss is {val_loss}", state.step, config)
-    if state.step > 0 and val_loss < state.best_val_loss:
-        state.best_val_loss, state.best_step = val_loss, state.step
     return metrics
 
 
@@ -325,16 +326,22 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
 
 
 def update_best(state: State, tokens: Tokens, config: TrainConfig, process: Process) -> None:
-    """Evaluate best.pt once more if its loss was measured on another number of validation tokens than is read now."""
-    n_tokens, path = evaluated_tokens(tokens, config), config.path("best.pt")
-    if not process.on_rank_0(path.exists):
-        state.best_val_loss, state.best_step = math.inf, None
-    elif state.best_step is not None and state.best_tokens != n_tokens:
-        model, best = open_model(path)
-        loss = mean_loss(model.to(process.device), tokens, n_tokens, config, process)
-        show(f"{path}: val loss {loss:.4f} on the {n_tokens:,} tokens that are evaluated now")
-        state.best_val_loss, state.best_step = loss, best["step"]
-    state.best_tokens = n_tokens
+    """Evaluate best.pt once more if its loss was measured on another number of validation tokens than is read now.
+
+    One that is gone, or does not fit the run, is forgotten.
+    """
+    path, before, state.best_tokens = config.path("best.pt"), state.best_tokens, evaluated_tokens(tokens, config)
+    exists = process.on_rank_0(path.exists)
+    if exists and before == state.best_tokens:
+        return
+    state.best_val_loss, state.best_step = math.inf, None
+    if exists:
+        model, best = open_model(path, config.dropout)
+        if model.config == state.model.config:
+            loss = mean_loss(model.to(process.device), tokens, state.best_tokens, config, process)
+            show(f"{path}: val loss {loss:.4f} on the {state.best_tokens:,} tokens that are evaluated now")
+            if loss < math.inf:
+                state.best_val_loss, state.best_step = loss, best["step"]
 
 
 # State and checkpoints
@@ -356,8 +363,8 @@ class State:
     def save(self, name: str, config: TrainConfig) -> None:
         """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir."""
         checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
-        checkpoint |= {"step": self.step, **{name: getattr(self, name) for name in BEST}}
-        checkpoint |= {"config": asdict(config), **{name: self.meta.get(name) for name in ("sha256", "train_tokens")}}
+        checkpoint |= {name: getattr(self, name) for name in ("step", "best_val_loss", "best_step", "best_tokens")}
+        checkpoint |= {"config": asdict(config), **{name: self.meta.get(name) for name in TEXT_FACTS}}
         checkpoint["tokenizer"] = {name: self.meta[name] for name in TOKENIZER_FACTS if name in self.meta}
         if name == "ckpt.pt":
             checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -375,19 +382,22 @@ class State:
         self.model.load_state_dict(checkpoint["model"])
         expected = shapes_and_types(self.optimizer.state_dict()["state"])
         self.optimizer.state.clear()
-        none_yet = not saved["state"] and (step == 0 or scaler)  # all float16 gradients so far may have overflowed
+        none_yet = not saved["state"] and (step == 0 or scaler)  # float16 gradients may have overflowed in all steps
         if not none_yet and shapes_and_types(saved["state"]) != expected:
             raise ValueError("its optimizer state does not fit its weights")
-        if scaler and shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
-            raise ValueError(f"its scaler is {short(scaler)}")
         groups = self.optimizer.state_dict()["param_groups"]  # betas and weight decay are this config's
         for group in groups:
-            group["lr"] = learning_rate(max(0, step - 1), config)
+            group["lr"] = learning_rate(max(0, step - 1), config)  # so that a finished run saves what it has loaded
         self.optimizer.load_state_dict(saved | {"param_groups": groups})
-        self.scaler.load_state_dict(scaler or self.scaler.state_dict())
-        for name in BEST:
-            setattr(self, name, checkpoint.get(name))  # best_tokens is newer than some checkpoints
-        self.step = step
+        if scaler:
+            if shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
+                raise ValueError(f"its scaler is {short(scaler)}")
+            self.scaler.load_state_dict(scaler)
+        for name in ("best_step", "best_tokens"):  # the second is newer than some checkpoints
+            if not isinstance(number := checkpoint.get(name), int | None):
+                raise ValueError(f"its {name} is {short(number)}")
+            setattr(self, name, number)
+        self.step, self.best_val_loss = step, checkpoint["best_val_loss"]
 
 
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
@@ -452,16 +462,19 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
     resuming = source == config.path("ckpt.pt")
     adopted = (*SHAPE, "optimizer", "init_from") if resuming else SHAPE
     asked = config.given - ({"init_from"} if config.init_from in STARTS else set())
-    found = {**checkpoint, **checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
-    found["model"] = type(model).__name__.lower()
-    facts = ("vocab_size", "chars", "json", *(("sha256", "train_tokens") if resuming else ()))  # tokens; text and split
+    found = {**checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
+    found |= {"model": type(model).__name__.lower()} | {name: checkpoint.get(name) for name in TEXT_FACTS if resuming}
     wanted = {name: getattr(config, name) for name in adopted if name in asked}
-    wanted |= {name: meta[name] for name in facts if name in meta and found.get(name)}
+    wanted |= {
+        name: meta[name] for name in ("vocab_size", "chars", "json", *TEXT_FACTS) if name in meta and found.get(name)
+    }
     if different := changes(found, wanted):
         advice = "; use another --out_dir, or overwrite this run with --init_from=scratch" if resuming else ""
-        if different.keys() == {"optimizer"}:
+        if "init_from" in different:
+            advice = "; use another --out_dir, or leave out --init_from to resume this run"
+        elif different.keys() == {"optimizer"}:
             advice = f"; use another --out_dir, or resume it with --optimizer={found['optimizer']}"
-        elif different.keys() <= {"sha256", "train_tokens"}:
+        elif different.keys() <= {*TEXT_FACTS}:
             advice = f"; use another --out_dir, where --init_from={source} fine-tunes these weights"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
         raise ConfigError(f"{source} holds {what}{advice}")
@@ -558,7 +571,7 @@ class Process:
         if self.world_size > 1:
             dist.broadcast_object_list(made)
         if isinstance(made[0], Exception):
-            raise made[0] if self.rank == 0 else UserError(str(made[0]))
+            raise made[0] if self.rank == 0 or isinstance(made[0], UserError) else UserError(str(made[0]))
         return made[0]
 
     def __str__(self) -> str:
@@ -641,6 +654,12 @@ class Log:
         self.start_clock()
         self.rows = self.rows_until(state.step)  # of the run that is resumed: {step: row}
         self.started = self.since - max((float(row["seconds"]) for row in self.rows.values()), default=0)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=state.step + (state.step > 0))
+            with explained(f"data/{config.dataset}/meta.json has no usable tokenizer"):
+                self.tokenizer = tokenizer_of(state.meta)
 
     def rows_until(self, step: int) -> dict[int, dict[str, object]]:
         """The rows of log.csv that a run resumed at `step` keeps, none at step 0; damaged ones are dropped."""
@@ -654,15 +673,10 @@ class Log:
         return rows
 
     def begin(self) -> None:
-        """Drop the rows of steps that will be taken again, here and in TensorBoard."""
+        """Open log.csv and TensorBoard's events, without the steps that will be taken again."""
         self.replace_rows()
         if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with explained(f"data/{self.config.dataset}/meta.json has no usable tokenizer"):
-                self.tokenizer = tokenizer_of(self.state.meta)
-            first = self.state.step + 1 if self.state.step else 0
-            self.writer = SummaryWriter(self.config.out_dir, purge_step=first)
+            self.writer = self.open_writer()
 
     def replace_rows(self) -> None:
         with replacing(self.path) as file:
@@ -683,10 +697,14 @@ class Log:
         return metrics | ({"mfu": self.flops_per_token * speed / self.peak_flops} if self.peak_flops else {})
 
     def show(self, metrics: dict[str, float]) -> None:
-        """Show how far the run is, unless no step was measured."""
+        """Show the losses of an evaluation, and how far the run is."""
+        step, config = self.state.step, self.config
+        if "val_loss" in metrics:
+            show(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
+        if "bits_per_byte" in metrics:
+            show(f"step {step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
         if "loss" not in metrics:
             return
-        step, config = self.state.step, self.config
         left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step is slow
         speed, mfu = metrics["tokens_per_second"] / 1e3, f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
         text = f"step {step}/{config.max_iters} | loss {metrics['loss']:.2f} | lr {metrics['lr']:.1e} | "

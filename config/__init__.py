@@ -3,7 +3,8 @@
 Each program has one dataclass. A field is a key: its name, type, default, limits and meaning stand there and nowhere
 else, and `--help` prints them. A recipe is a Python file: the names that it assigns are keys.
 
-Here, too, is how a program ends: `UserError` and `explained` make one line of what went wrong, `run` prints it.
+Here, too, is how a program ends: `UserError` and `explained` make one line of what went wrong, `run` prints it;
+`StopSignals` lets a program finish what it is doing when it is asked to stop.
 """
 
 import argparse
@@ -41,7 +42,7 @@ BREAKDOWNS = {
     "--init_from=auto resumes from the last checkpoint",
 }
 ERASE_LINE = "\r\033[K"
-STOPPING = "stopping after this step or evaluation, with a checkpoint; Ctrl-C again stops at once, without"
+STOPPING = "stopping, with a checkpoint, after this step or evaluation; Ctrl-C again: at once, without one"
 
 
 class UserError(Exception):

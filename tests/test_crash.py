@@ -181,21 +181,22 @@ class KillError(Exception):
     """Stands for SIGKILL: nothing after it is done."""
 
 
-def test_after_a_signal_nothing_is_shown_before_the_checkpoint(dataset, monkeypatch):
+@pytest.mark.parametrize("moment", ["train_step", "mean_loss"])
+def test_after_a_signal_nothing_is_said_before_the_checkpoint(dataset, monkeypatch, moment):
     """SIGKILL may follow, and a terminal that is closed or full may block."""
-    done = []
+    done, calls = [], []
     monkeypatch.setattr(train, "show", lambda text: done.append("show"))
-    monkeypatch.setattr(train.progress, "show", lambda text: done.append("show"))
     monkeypatch.setattr(train.State, "save", lambda *given, f=train.State.save: done.append("save") or f(*given))
     monkeypatch.setattr(train.progress, "due", lambda: True)
 
-    def step(model, state, *rest, original=train.train_step):
-        if state.step == 9:
+    def signalled(*given, original=getattr(train, moment)):  # noqa: B008
+        calls.append(moment)
+        if len(calls) == 4:  # the fourth step; in the evaluation of step 10, the second of its two splits
             os.kill(os.getpid(), signal.SIGTERM)
             done.clear()
-        return original(model, state, *rest)
+        return original(*given)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, moment, signalled)
     assert train.main(tiny()) == 143
     assert done[0] == "save"
     assert "show" in done
@@ -302,21 +303,77 @@ def test_out_of_memory_in_a_run_from_scratch_leaves_the_other_run_or_its_own(dat
         assert (checkpoint()["step"], [row["step"] for row in rows()]) == (step, steps)
 
 
-def test_a_kill_between_log_and_checkpoint_loses_no_row(dataset, monkeypatch):
-    def killed(state, name, *rest, original=train.State.save):
-        if name == "ckpt.pt" and state.step == 10:
-            raise KeyboardInterrupt
-        original(state, name, *rest)
+KILLS_IN_AN_EVALUATION = [
+    ("Log.write", lambda log, *_: log.state.step),
+    ("State.save", lambda state, name, *_: name == "ckpt.pt" and state.step),
+    ("State.save", lambda state, name, *_: name == "best.pt" and state.step),
+]
 
-    monkeypatch.setattr(train.State, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train_here()
-    monkeypatch.undo()
-    os.chdir(dataset.parent.parent)
-    assert checkpoint()["step"] == 0
-    train_here()
-    train_here(out_dir="whole")
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", [10, 20])
+@pytest.mark.parametrize(("moment", "step_of"), KILLS_IN_AN_EVALUATION)
+def test_a_kill_around_any_file_of_an_evaluation_loses_neither_row_nor_model(dataset, moment, step_of, step, after):
+    """Wild on purpose: step 10 has the best model."""
+    wild = {"learning_rate": 1.0, "min_lr": 0, "weight_decay": 0, "warmup_iters": 20}
+    if step == 20 and moment == "State.save" and step_of is KILLS_IN_AN_EVALUATION[2][1]:
+        wild = {}  # a best model at step 20
+    owner, name = moment.split(".")
+    train_until(getattr(train, owner), name, lambda *given: step_of(*given) == step, after, **wild)
+    train_here(**wild)
+    train_here(**wild, out_dir="whole")
     assert_same_end("out", "whole")
+    assert_best_is_what_it_says()
+
+
+def assert_best_is_what_it_says():
+    """The weights of best.pt have the loss, and are of the step, that ckpt.pt knows."""
+    known, best = checkpoint(), checkpoint("out/best.pt")
+    config = train.TrainConfig(**known["config"])
+    process = train.Process(0, 1, torch.device("cpu"), torch.float32)
+    tokens = train.Tokens(config.dataset, "val", prepare.load_meta(config.dataset), config.block_size)
+    loss = train.mean_loss(sample.open_model("out/best.pt")[0], tokens, known["best_tokens"], config, process)
+    assert (best["step"], pytest.approx(loss, abs=1e-6)) == (known["best_step"], known["best_val_loss"])
+
+
+def test_a_best_model_of_a_future_that_was_given_up_is_not_overwritten_by_a_worse_one(dataset):
+    """An older ckpt.pt, restored from a backup, beside a newer best.pt; and the run is now evaluated otherwise."""
+    train_here(max_iters=10, lr_decay_iters=20)
+    backup = Path("out/ckpt.pt").read_bytes()
+    train_here()
+    assert checkpoint("out/best.pt")["step"] == 20
+    Path("out/ckpt.pt").write_bytes(backup)
+    train_here(eval_iters=0, learning_rate=3.0)
+    assert_best_is_what_it_says()
+
+
+@pytest.mark.parametrize("damage", ["not finite", "another shape"])
+def test_a_best_model_that_cannot_be_compared_is_forgotten(dataset, damage):
+    train_here()
+    best = checkpoint("out/best.pt")
+    if damage == "not finite":
+        best["model"] = {name: tensor * torch.nan for name, tensor in best["model"].items()}
+    else:
+        train_here(out_dir="other", n_embd=16, block_size=8, max_iters=1)
+        best = checkpoint("other/best.pt")
+    torch.save(best, "out/best.pt")
+    for max_iters in (30, 40):
+        train_here(eval_iters=0, max_iters=max_iters)
+    assert_best_is_what_it_says()
+
+
+@pytest.mark.parametrize("missing", ["package", "tokenizer"])
+def test_a_run_from_scratch_that_cannot_begin_leaves_the_other_run(dataset, monkeypatch, missing):
+    train_here()
+    before = {path.name: path.read_bytes() for path in Path("out").glob("*.*")}
+    if missing == "package":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    else:
+        meta = (dataset / "meta.json").read_text()
+        (dataset / "meta.json").write_text(meta.replace('"char"', '"morse"'))
+    with pytest.raises((ModuleNotFoundError, UserError)):
+        train_here(init_from="scratch", tensorboard=True)
+    assert {path.name: path.read_bytes() for path in Path("out").glob("*.*")} == before
 
 
 def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, monkeypatch):
@@ -495,7 +552,7 @@ def test_on_a_full_disk_the_old_checkpoint_stays_and_with_space_the_run_goes_on(
     before = [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()]
     ended = command("train.py", *tiny(**settings, lr_decay_iters=20))
     assert ended.returncode == 1
-    assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/best.pt'\n"
+    assert without_progress(ended.stderr) == "train.py: [Errno 28] No space left on device: 'out/ckpt.pt'\n"
     assert [Path("out/ckpt.pt").read_bytes(), Path("out/best.pt").read_bytes()] == before
     assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "lock", "log.csv", rest.name]
     rest.unlink()

@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, WORDS, checkpoint, free_port, losses, rows, tiny, train_here
+from conftest import REPOSITORY, STOPPING, WORDS, checkpoint, free_port, losses, rows, tiny, train_here
 
 import prepare
 
@@ -107,26 +109,30 @@ ONE_OF_FOUR = """if True:
 
     def step(model, state, *rest, original=train.train_step):
         clock[0] += 1
-        if stopped and state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)  # to every process, as Slurm sends it
+        if name in ("SIGTERM", "SIGINT") and state.step == 4:
+            os.kill(os.getpid(), getattr(signal, name))  # to every process, as Slurm and a terminal send it
         return original(model, state, *rest)
 
+    def evaluate(state, *rest, original=train.evaluate):
+        if name == "evaluating" and rank == 1 and state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # to one process, during an evaluation
+        return original(state, *rest)
+
     def save(checkpoint, *rest, original=torch.save):
-        if stopped and checkpoint["step"]:
+        if name == "SIGTERM" and checkpoint["step"]:
             time.sleep(1)  # a slow disk
         original(checkpoint, *rest)
 
-    train.train_step, torch.save, found = step, save, {}
+    train.train_step, train.evaluate, torch.save, found = step, evaluate, save, {}
     for name, processes, port, argv in json.loads(sys.argv[1]):
         if rank < processes:
             os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
-            stopped = name == "stopped"
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
                 try:
                     status = train.main(argv)
                     on_disk = torch.load(f"{name}/ckpt.pt", weights_only=True)["step"]  # when this process is through
                 except (OSError, train.UserError) as error:
-                    status, on_disk = [isinstance(error, OSError), str(error)], None
+                    status, on_disk = [type(error).__name__, str(error)], None
             found[name] = {"status": status, "out": out.getvalue(), "errors": errors.getvalue(), "step": on_disk}
             if processes > 1:
                 torch.distributed.destroy_process_group()
@@ -139,8 +145,11 @@ RUNS = {  # name: (processes, settings); who has nothing to do in a run waits fo
     "2": (2, {"max_iters": 4, "eval_iters": 0, "eval_interval": 100}),
     "2, part": (2, {"max_iters": 1, "eval_iters": 5}),
     "2 x 3, part": (2, {"max_iters": 4, "gradient_accumulation_steps": 3, "eval_iters": 5, "eval_interval": 100}),
-    "refused": (2, {"dataset": "file"}),
-    "stopped": (2, {"max_iters": 100, "eval_iters": 1, "eval_interval": 100}),
+    "refused": (2, {"dataset": "nothing"}),
+    "no folder": (2, {"dataset": "file"}),
+    "SIGTERM": (2, {"max_iters": 100, "eval_iters": 1, "eval_interval": 100}),
+    "SIGINT": (2, {"max_iters": 100, "eval_iters": 1, "eval_interval": 100}),
+    "evaluating": (2, {"max_iters": 100, "eval_iters": 1, "eval_interval": 2}),
     "1": (1, {"max_iters": 4, "eval_iters": 0, "eval_interval": 100}),
     "1, part": (1, {"max_iters": 1, "eval_iters": 5}),
     "1 x 4, part": (1, {"max_iters": 4, "gradient_accumulation_steps": 4, "eval_iters": 5, "eval_interval": 100}),
@@ -206,18 +215,25 @@ def test_the_speed_is_that_of_all_tokens_of_a_step(found, run):
 
 @pytest.mark.parametrize("run", [name for name, (processes, _) in RUNS.items() if processes > 1])
 def test_process_0_alone_speaks(found, run):
-    assert ("step 0: train loss" in found[0][run]["out"]) == (run != "refused")
+    assert ("step 0: train loss" in found[0][run]["out"]) == (run not in ("refused", "no folder"))
+    assert (STOPPING in found[0][run]["errors"]) == (run == "SIGINT")
     for process in found[1 : RUNS[run][0]]:
         assert process[run]["out"] == process[run]["errors"] == ""
 
 
-def test_a_signal_to_all_processes_is_told_by_its_name_and_all_end_after_the_checkpoint(found):
-    """torchrun kills the others when the first has ended: none may leave while process 0 writes."""
-    assert "stopped by SIGTERM after step 5; the same command" in found[0]["stopped"]["out"]
-    assert [(process["stopped"]["status"], process["stopped"]["step"]) for process in found[:2]] == [(143, 5)] * 2
+@pytest.mark.parametrize(
+    ("run", "name", "step"), [("SIGTERM", "SIGTERM", 5), ("SIGINT", "SIGINT", 5), ("evaluating", "SIGTERM", 2)]
+)
+def test_a_signal_is_told_by_its_name_and_all_end_at_one_step_after_the_checkpoint(found, run, name, step):
+    """torchrun ends the others when the first has left: none may leave while process 0 writes."""
+    assert f"stopped by {name} after step {step}; the same command" in found[0][run]["out"]
+    ends = [(process[run]["status"], process[run]["step"]) for process in found[:2]]
+    assert ends == [(128 + getattr(signal, name), step)] * 2
 
 
-def test_a_system_error_of_process_0_ends_all_and_is_its_own_to_tell(found):
-    """The others raise what run() shows once a machine."""
-    statuses = [process["refused"]["status"] for process in found[:2]]
-    assert statuses == [[True, "[Errno 17] File exists: 'data/file'"], [False, "[Errno 17] File exists: 'data/file'"]]
+def test_an_error_of_process_0_ends_all_with_its_status_and_is_shown_once(found):
+    """A UserError is shown once on a machine; a system error by the process that meets it."""
+    refused, no_folder = ([process[run]["status"] for process in found[:2]] for run in ("refused", "no folder"))
+    assert refused[0] == refused[1] == ["ConfigError", ANY]
+    assert no_folder[0] == ["FileExistsError", "[Errno 17] File exists: 'data/file'"]
+    assert no_folder[1] == ["UserError", "[Errno 17] File exists: 'data/file'"]

@@ -236,6 +236,7 @@ def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
     [
         ("exp_avg", torch.zeros(2, 2)),
         ("exp_avg_sq", torch.zeros(2, 2)),
+        ("exp_avg", torch.zeros(())),  # a fused kernel would read past its end
         ("step", torch.zeros(0)),  # found by test_a_checkpoint_with_another_content
         ("more", torch.zeros(2)),
     ],
@@ -249,7 +250,17 @@ def test_an_optimizer_state_of_other_shapes_is_refused(trained, name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("step", -1), ("step", 1.5), ("best_val_loss", float("nan")), ("config", {}), ("tokenizer", [])]
+    ("name", "value"),
+    [
+        ("step", -1),
+        ("step", 1.5),
+        ("best_val_loss", float("nan")),
+        ("best_step", "x"),
+        ("best_tokens", torch.zeros(3)),
+        ("config", {}),
+        ("config", {"model": "gpt"}),
+        ("tokenizer", []),
+    ],
 )
 def test_a_checkpoint_with_impossible_figures_is_refused(trained, name, value):
     torch.save(checkpoint(trained) | {name: value}, trained)

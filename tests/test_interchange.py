@@ -199,7 +199,9 @@ def test_a_fine_tuned_run_goes_on_without_what_it_began_with(gpt2_folder):
 
 def test_a_run_from_scratch_is_not_taken_for_a_fine_tuned_one(gpt2_folder):
     train_here(max_iters=1)
-    with pytest.raises(ConfigError, match=r"out/ckpt.pt holds another model .*\(init_from 'auto' -> 'gpt2'\)"):
+    difference = r"out/ckpt.pt holds another model .*\(init_from 'auto' -> 'gpt2'\)"
+    advice = "; use another --out_dir, or leave out --init_from to resume this run$"
+    with pytest.raises(ConfigError, match=difference + advice):
         train_here(max_iters=2, init_from="gpt2")
 
 
