@@ -206,9 +206,11 @@ def usable(path: str | Path) -> AbstractContextManager:
 
 
 def shapes_and_types(value: Any) -> Any:
-    """Names, types, shapes and dtypes of nested dicts of tensors and plain values, without the values."""
+    """Names, types, shapes and dtypes of nested dicts and lists of tensors and plain values, without the values."""
     if isinstance(value, dict):
         return {name: shapes_and_types(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [*map(shapes_and_types, value)]
     return (value.shape, value.dtype) if isinstance(value, Tensor) else type(value)
 
 

@@ -17,6 +17,7 @@ import re
 import signal
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
 
 from config import ConfigError, StopSignals, UserError, explained, key, progress, read, run, show
 from model import GPT, MODELS, GPTConfig, LanguageModel
@@ -39,6 +41,7 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
+STEP = ("optimizer", "learning_rate", "min_lr", "weight_decay")  # chosen together
 TEXT_FACTS = ("sha256", "train_tokens")  # of meta.json and a checkpoint: which text, and where it is split
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
@@ -46,6 +49,9 @@ OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
     "backend": "it is nccl on GPUs, gloo on CPUs",
 }
+# FLOPs of a whole run from which torch.compile pays back. On an H100 it takes 18.5 s at first, and saves 2.5 of the
+# 8.2 ms in which the GPU computes a step of 1.2e12 FLOPs (64 x 256 tokens of the reference model; torch 2.11).
+COMPILE_FROM = 1e16
 # Dense bfloat16 FLOP/s, from the makers' data sheets: of cards whose names match the pattern; the first match counts.
 PEAK_FLOPS = {
     "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
@@ -74,22 +80,24 @@ class TrainConfig:
     n_head: int = key(6, "attention heads in each block", least=1)
     n_embd: int = key(384, "channels", least=1)
     block_size: int = key(256, "longest context, in tokens", least=1)
-    dropout: float = key(0.2, "share of activations dropped in training", least=0, below=1)
+    dropout: float = key(0.1, "share of activations dropped in training", least=0, below=1)
     bias: bool = key(False, "biases in linear layers and layer norms")
     feed_forward: bool = key(True, "a feed-forward layer after attention")
     residual: bool = key(True, "residual connections")
     layer_norm: bool = key(True, "layer norms")
 
-    batch_size: int = key(64, "sequences in one optimizer step, over all processes together", least=1)
+    batch_size: int = key(32, "sequences in one optimizer step, over all processes together", least=1)
     gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share", least=1)
-    optimizer: Literal["adamw", "muon"] = key("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
-    learning_rate: float = key(1e-3, "peak learning rate", least=0)
-    min_lr: float = key(1e-4, "learning rate at the end of the decay", least=0)
-    warmup_iters: int = key(100, "steps of linear warm-up", least=0)
+    optimizer: Literal["adamw", "muon"] = key(
+        "muon", "muon: Muon for the blocks' matrices, AdamW for the rest; adamw wants lower learning rates"
+    )
+    learning_rate: float = key(8e-3, "peak learning rate", least=0)
+    min_lr: float = key(0.0, "learning rate at the end of the decay", least=0)
+    warmup_iters: int = key(50, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters", least=1)
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
-    max_iters: int = key(5000, "optimizer steps", least=1)
-    weight_decay: float = key(0.1, "weight decay, on matrices only", least=0)
+    max_iters: int = key(2000, "optimizer steps", least=1)
+    weight_decay: float = key(1.5, "weight decay, on matrices only", least=0)
     beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients", least=0, below=1)
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
@@ -104,7 +112,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"
     )
-    compile: Literal["auto"] | bool = key("auto", "torch.compile the model; auto: on cuda")
+    compile: Literal["auto"] | bool = key(
+        "auto", "torch.compile the model; auto: on cuda, for runs long enough to pay for it; else CUDA graphs there"
+    )
     deterministic: bool = key(False, "repeat a run bit for bit on cuda, too; slower")
     tensorboard: bool = key(False, "also write curves and samples for TensorBoard to out_dir")
 
@@ -196,13 +206,12 @@ def main(argv: list[str]) -> int | None:
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
     best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}"
-    show(f"{best}; try python sample.py --out_dir={config.out_dir}")
+    show(f"{best}, after {log.cost()}; try python sample.py --out_dir={config.out_dir}")
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
     """One step down the gradient of batch `state.step`. Returns (loss, gradient norm), still on the device."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, config)
+    state.optimizer.lr = learning_rate(state.step, config)
     micro_steps = config.gradient_accumulation_steps
     total_loss = torch.zeros((), device=process.device)
     for micro_step in range(micro_steps):
@@ -219,7 +228,7 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients must stay views of its buckets
+    state.model.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients must stay views of its buckets
     return torch.stack((total_loss, grad_norm))
 
 
@@ -308,7 +317,8 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
     """
     n_tokens = min(n_tokens, len(tokens) - 1)
     length = config.block_size
-    rows = max(config.micro_batch_size(process.world_size), 8192 // length)  # many short blocks at a time
+    at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens: so many short blocks as fill the device
+    rows = max(config.micro_batch_size(process.world_size), at_once // length)
     starts = np.arange(0, n_tokens - length + 1, length)
     groups = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
     if rest := n_tokens % length:
@@ -352,7 +362,7 @@ class State:
     """All that a run is at one moment; `step` counts finished optimizer steps."""
 
     model: LanguageModel
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     meta: dict  # meta.json of the dataset
     step: int = 0
@@ -371,24 +381,10 @@ class State:
         with replacing(config.path(name)) as file:
             torch.save(checkpoint, file)
 
-    def restore(self, checkpoint: dict, config: TrainConfig) -> None:
+    def restore(self, checkpoint: dict) -> None:
         """Set optimizer, scaler and step to the checkpoint's. Raises ValueError where they do not fit the weights."""
-        step, scaler, saved = (checkpoint[name] for name in ("step", "scaler", "optimizer"))
-        # A step along zero gradients shows what the optimizer's state must look like; then it is undone.
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.model.load_state_dict(checkpoint["model"])
-        expected = shapes_and_types(self.optimizer.state_dict()["state"])
-        self.optimizer.state.clear()
-        none_yet = not saved["state"] and (step == 0 or scaler)  # float16 gradients may have overflowed in all steps
-        if not none_yet and shapes_and_types(saved["state"]) != expected:
-            raise ValueError("its optimizer state does not fit its weights")
-        groups = self.optimizer.state_dict()["param_groups"]  # betas and weight decay are this config's
-        for group in groups:
-            group["lr"] = learning_rate(max(0, step - 1), config)  # so that a finished run saves what it has loaded
-        self.optimizer.load_state_dict(saved | {"param_groups": groups})
+        step, scaler = checkpoint["step"], checkpoint["scaler"]
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler:
             if shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
                 raise ValueError(f"its scaler is {short(scaler)}")
@@ -408,12 +404,13 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     step = checkpoint.get("step")
     if process.on_rank_0(lambda: step) != step:
         raise UserError(f"{path} is not the same on every machine: all must see the same folder")
-    if source == path and "optimizer" not in checkpoint:
-        raise ConfigError(f"{path} has no optimizer state: use --init_from={path} and another --out_dir")
     if model:
         if isinstance(model, GPT) and source != path and "block_size" in config.given:
             model.crop(min(config.block_size, model.config.block_size))
         with usable(source):
+            if source == path and "moments" not in checkpoint.get("optimizer", {}):
+                advice = f"use --init_from={path} and another --out_dir"
+                raise ConfigError(f"{path} has no optimizer state that fits: {advice}")
             adopt_shape(config, meta, model, checkpoint, source)
     else:
         torch.manual_seed(config.seed)
@@ -421,10 +418,10 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     model.to(process.device)
     # Small float16 gradients would vanish without a scale; the other dtypes need none.
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    state = State(model, make_optimizer(model, config, process.dtype), scaler, meta)
+    state = State(model, Optimizer(model, config, process.dtype), scaler, meta)
     if source == path:
         with usable(path):
-            state.restore(checkpoint, config)
+            state.restore(checkpoint)
         known = {name: value for name, value in asdict(config).items() if name in checkpoint["config"]}
         changed = ", ".join(changes(checkpoint["config"], known).values())
         show(f"resuming from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
@@ -455,13 +452,13 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
 
 
 def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
-    """Put the shape of the weights into `config`; when resuming, also optimizer and init_from.
+    """Put the shape of the weights into `config`; when resuming, also init_from.
 
     Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
     resuming = source == config.path("ckpt.pt")
     adopted = (*SHAPE, "optimizer", "init_from") if resuming else SHAPE
-    asked = config.given - ({"init_from"} if config.init_from in STARTS else set())
+    asked = config.given - ({"init_from"} if config.init_from in STARTS else set()) | {"optimizer"}
     found = {**checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
     found |= {"model": type(model).__name__.lower()} | {name: checkpoint.get(name) for name in TEXT_FACTS if resuming}
     wanted = {name: getattr(config, name) for name in adopted if name in asked}
@@ -473,7 +470,8 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
         if "init_from" in different:
             advice = "; use another --out_dir, or leave out --init_from to resume this run"
         elif different.keys() == {"optimizer"}:
-            advice = f"; use another --out_dir, or resume it with --optimizer={found['optimizer']}"
+            own = (name for name in STEP if found[name] != getattr(config, name))
+            advice = f"; use another --out_dir, or resume it with {' '.join(f'--{name}={found[name]}' for name in own)}"
         elif different.keys() <= {*TEXT_FACTS}:
             advice = f"; use another --out_dir, where --init_from={source} fine-tunes these weights"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
@@ -488,49 +486,74 @@ def changes(old: dict, new: dict) -> dict[str, str]:
     return {name: f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items()}
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019) with weight decay on matrices only, not on gains and biases.
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, 2019), with weight decay on matrices only, not on gains and biases.
 
-    optimizer="muon": the matrices inside the blocks take Muon's step, in `dtype`, or float32 where float16 underflows.
+    optimizer="muon": the matrices inside the blocks step along their momentum made orthogonal (Jordan et al., 2024): no
+    direction dominates then. A step is as large as AdamW's, so that the same learning rate fits (Liu et al., 2025).
+
+    Of torch.optim this calls a function, for its classes import torch.compile's machinery, which took 4.6 of the 13.3
+    seconds before the first step of the reference run on an H100 (torch 2.11).
     """
-    muon, decay, betas = config.optimizer == "muon", config.weight_decay, (config.beta1, config.beta2)
-    groups = [{"params": [], "weight_decay": each, "betas": betas} for each in (decay, 0.0, decay)]
-    for name, p in model.named_parameters():
-        groups[1 if p.dim() < 2 else 2 * (muon and ".h." in name)]["params"].append(p)
-    if not muon:
-        return torch.optim.AdamW(groups[:2], lr=config.learning_rate, fused=True)
-    groups[2] |= {"betas": (0.95, config.beta2), "dtype": torch.float32 if dtype == torch.float16 else dtype}
-    return Muon(groups, lr=config.learning_rate)  # not fused: the GradScaler must skip all of a step that overflows
 
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but the last group's matrices step along their momentum made orthogonal (Jordan et al., 2024).
-
-    No direction dominates then. A step is as large as AdamW's, so the same learning rate fits (Liu et al., 2025).
-    On a tenth of the training text, held out, 1725 steps of config/shakespeare_char_cpu.py reached a loss of 1.516;
-    2300 steps of AdamW, in the same time, 1.535.
-    """
+    def __init__(self, model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32):
+        self.config, self.dtype = config, torch.float32 if dtype == torch.float16 else dtype  # float16 underflows
+        self.lr = 0.0
+        # For torch's GradScaler. Fused AdamW skips a float16 step that overflows by itself; for Muon the scaler waits.
+        self._step_supports_amp_scaling = config.optimizer == "adamw"
+        alike = defaultdict(list)  # parameters that take one step together
+        for name, p in model.named_parameters():
+            by_muon = config.optimizer == "muon" and p.dim() == 2 and ".h." in name
+            alike[by_muon, p.shape if by_muon else p.dim() == 2].append(p)
+        self.param_groups = []
+        for (by_muon, _), params in alike.items():
+            decay = config.weight_decay if params[0].dim() == 2 else 0.0
+            if by_muon:  # the means of the gradients (n, rows, columns)
+                step, moments = self.muon, [torch.zeros_like(torch.stack(params))]
+            else:  # numbers of steps (n,), then the means of the gradients and those of their squares
+                steps = torch.zeros(len(params), device=params[0].device)
+                step, moments = self.adamw, [steps, *(torch.zeros_like(p) for p in params * 2)]
+            self.param_groups.append({"params": params, "step": step, "moments": moments, "weight_decay": decay})
 
     @torch.no_grad()
     def step(self) -> None:
-        matrices = self.param_groups[-1]
-        lr, matrices["lr"] = matrices["lr"], 0.0
-        super().step()  # of the matrices, it only updates the momentum
-        matrices["lr"] = lr
-        for p in matrices["params"]:
-            nesterov = p.grad.lerp(self.state[p]["exp_avg"], matrices["betas"][0])
-            p.mul_(1 - lr * matrices["weight_decay"])
-            p.add_(orthogonal(nesterov.to(matrices["dtype"])), alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+        for group in self.param_groups:
+            group["step"](group["params"], group["moments"], group["weight_decay"])
+
+    def adamw(self, params: list[Tensor], moments: list[Tensor], weight_decay: float) -> None:
+        (steps, *means), n = moments, len(params)
+        tensors = (params, [p.grad for p in params], means[:n], means[n:], [], [*steps.unbind()])
+        betas = {"beta1": self.config.beta1, "beta2": self.config.beta2}
+        settings = {"lr": self.lr, "weight_decay": weight_decay, "eps": 1e-8, "amsgrad": False, "maximize": False}
+        adamw(*tensors, fused=True, found_inf=getattr(self, "found_inf", None), **betas, **settings)
+
+    def muon(self, params: list[Tensor], moments: list[Tensor], weight_decay: float) -> None:
+        gradients, (momentum,) = torch.stack([p.grad for p in params]), moments  # (n, rows, columns): all at once
+        momentum.lerp_(gradients, 1 - 0.95)
+        directions = orthogonal(gradients.lerp(momentum, 0.95).to(self.dtype))  # Nesterov's: one step ahead
+        for p, direction in zip(params, directions, strict=True):
+            p.mul_(1 - self.lr * weight_decay).add_(direction, alpha=-0.2 * math.sqrt(max(p.shape)) * self.lr)
+
+    def state_dict(self) -> dict:
+        return {"moments": [group["moments"] for group in self.param_groups]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError for a state of other parameters, or of another optimizer."""
+        if shapes_and_types(state) != shapes_and_types(self.state_dict()):
+            raise ValueError("its optimizer state does not fit its weights")
+        for group, saved in zip(self.param_groups, state["moments"], strict=True):
+            for moment, value in zip(group["moments"], saved, strict=True):
+                moment.copy_(value)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """A matrix of the same directions whose singular values are all about 1, by five Newton-Schulz iterations."""
-    if x.size(0) > x.size(1):
-        return orthogonal(x.T).T
-    x = x / (x.norm() + 1e-7)
+    """Matrices (n, rows, columns) of the same directions, singular values all about 1, by five Newton-Schulz steps."""
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):  # x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
@@ -548,7 +571,7 @@ class Process:
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018)."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
 
     def all_reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
         """The sum over all processes, or what `op` says, in place."""
@@ -621,19 +644,47 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
 
 
-def compiled_and_parallel(model: nn.Module, config: TrainConfig, process: Process) -> nn.Module:
-    """The same weights, for training: kernels fused, gradients averaged over the processes.
+def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
+    """The same weights, for training: kernels fused, or launched together; gradients averaged over the processes.
 
     Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. It still splits the
     graph at the bounds of DDP's buckets of gradients, so that they are all-reduced during the backward pass.
     """
-    if config.compile is True or (config.compile == "auto" and process.device.type == "cuda"):
-        try:
+    work = flops_per_token(model, config.block_size) * config.batch_size * config.block_size * config.max_iters
+    auto = config.compile == "auto" and process.device.type == "cuda"
+    compiling = config.compile is True or (auto and work > COMPILE_FROM)
+    try:
+        if compiling:
             torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
             model = torch.compile(model)
-        except Exception as error:
-            show(f"torch.compile does not work here ({type(error).__name__}): training without it")
+        elif auto and process.world_size == config.gradient_accumulation_steps == 1:
+            model = recorded(model, config, process)
+    except Exception as error:
+        what = "torch.compile" if compiling else "a CUDA graph"
+        show(f"{what} does not work here ({type(error).__name__}): training without it")
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if process.world_size > 1 else model
+
+
+def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
+    """Forward and backward pass as CUDA graphs: the CPU launches each at once, not 300 kernels that are shorter than
+    their launches. For one micro-batch a step: the gradients are where the next replay writes.
+    """
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.model(x, y, need_logits=False)[1]
+
+    x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=process.device)
+    warnings.filterwarnings(
+        "ignore", "The AccumulateGrad node's stream"
+    )  # autograd makes one stream wait for the other
+    with process.autocast():
+        loss = torch.cuda.make_graphed_callables(Loss(), (x, x.clone()))
+    return lambda x, y, need_logits: (None, loss(x, y))
 
 
 # Metrics
@@ -688,6 +739,15 @@ class Log:
     def start_clock(self) -> None:
         self.since_step, self.since = self.state.step, time.perf_counter()
 
+    def seconds(self) -> float:
+        """Of the whole run: all its starts together."""
+        return time.perf_counter() - self.started
+
+    def cost(self) -> str:
+        on_gpu = self.process.device.type == "cuda"
+        memory = f" and at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if on_gpu else ""
+        return f"{self.seconds():.0f} s{memory}"
+
     def measure(self, loss: float, grad_norm: float) -> dict[str, float]:
         """The metrics of the last step; its speed is the mean since the clock was started."""
         self.pace.append((time.perf_counter() - self.since) / (self.state.step - self.since_step))
@@ -716,8 +776,8 @@ class Log:
 
     def write(self, metrics: dict[str, float]) -> None:
         """Add the row of this step; where a resumed run repeats an evaluation, replace its columns in the old row."""
-        step, seconds = self.state.step, round(time.perf_counter() - self.started, 3)
-        row = {"step": step, "seconds": seconds} | self.rows.get(step, {}) | {"bits_per_byte": ""}
+        step = self.state.step
+        row = {"step": step, "seconds": round(self.seconds(), 3)} | self.rows.get(step, {}) | {"bits_per_byte": ""}
         row |= {name: f"{value:.7g}" for name, value in metrics.items()}
         if step in self.rows:
             self.rows[step] = row

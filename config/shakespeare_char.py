@@ -1,6 +1,6 @@
-# The reference run: 10.7M parameters on Tiny Shakespeare, for one GPU. Not measured on one yet; on two CPU cores with
-# --max_iters=2000, validation loss 1.457 (at step 1750) in under three hours. nanoGPT reports 1.4697 for this model.
-# Every value equals the default of train.py.
+# The reference run: 10.7M parameters on Tiny Shakespeare, for one GPU. Validation loss 1.395 at its end, its lowest, in
+# 27 s on an H100 (torch 2.11, one seed). nanoGPT's values for this model (shakespeare_char_nanogpt.py) reach 1.47.
+# Every value equals the default of train.py; chosen in 26 runs on text held out of the training split.
 dataset = "shakespeare_char"
 out_dir = "out"
 
@@ -8,12 +8,14 @@ n_layer = 6
 n_head = 6
 n_embd = 384
 block_size = 256
-dropout = 0.2
+dropout = 0.1  # 0.2: 1.388 there instead of 1.368, at its best weight decay of 1.0
 
-batch_size = 64
-max_iters = 5000
-learning_rate = 1e-3
-min_lr = 1e-4
-warmup_iters = 100
+batch_size = 32  # small batches help against learning by heart: 64 in 1000 to 1500 steps, 1.384
+max_iters = 2000
+optimizer = "muon"
+learning_rate = 8e-3
+min_lr = 0.0
+warmup_iters = 50
+weight_decay = 1.5  # for sixteen passes over the text; 1.0: 1.388
 beta2 = 0.99  # longer memory than the usual 0.95: few tokens in a step make noisy gradients
 eval_interval = 250

@@ -1,5 +1,5 @@
-# Tiny Shakespeare on a laptop, in a minute: validation loss 1.543 (four seeds: 1.542 to 1.544) in 64 s, on two cores of
-# an AMD EPYC (family 26) with bfloat16, torch 2.13.0.
+# Tiny Shakespeare on a laptop, in a minute or two: validation loss 1.516 (median of four seeds, run on an H100: 1.515 to
+# 1.523); 1.518 in 123 s on two cores of an Intel Xeon with AMX (family 6, model 207), torch 2.13.0.
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_cpu"
 
@@ -10,8 +10,10 @@ block_size = 64
 dropout = 0.0
 
 batch_size = 48
-max_iters = 2000
+max_iters = 2200
 optimizer = "muon"
-learning_rate = 5e-3  # on text held out of the training split: 1.516; 3e-3: 1.531, 1e-2: 1.521 (1725 steps)
+learning_rate = 7.5e-3
 min_lr = 0.0
+warmup_iters = 30
+weight_decay = 0.3  # on text held out of the training split, with 100 steps of warm-up: 1.507; 0.1: 1.510; 0.9: 1.512
 eval_interval = 250

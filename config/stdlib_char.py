@@ -11,7 +11,10 @@ dropout = 0.0
 
 batch_size = 48
 max_iters = 1750
+optimizer = "adamw"
 learning_rate = 5e-3
 min_lr = 0.0
+warmup_iters = 100
+weight_decay = 0.1
 eval_interval = 250
 eval_iters = 40

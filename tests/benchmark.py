@@ -2,12 +2,12 @@
 
     python tests/benchmark.py                                         what needs no other checkout
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
-    python tests/benchmark.py --peer=../nanoGPT > tests/benchmark.md  side by side, into the file
+    python tests/benchmark.py --peer=../nanoGPT --write               side by side, into tests/benchmark.md, too
     python tests/benchmark.py --only=recipes                          the CPU recipes, whole: 1, 10 and 40 minutes
     python tests/benchmark.py --only=gpu                              on a GPU: steps, memory, MFU, a whole training
 
 For a machine with nothing else to do: it measures on the CPU, or on one GPU, in turns. Progress goes to stderr, the
-tables to stdout. The others run in a process of their own, as their users run them; `transformers` is timed where it
+tables to stdout; --write replaces those between two marks in the file and leaves the rest of it alone. The others run in a process of their own, as their users run them; `transformers` is timed where it
 is installed.
 """
 
@@ -35,6 +35,8 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+WRITTEN = Path(__file__).with_suffix(".md")
+MARKS = ("<!-- tables of benchmark.py -->", "<!-- end of its tables -->")
 sys.path.insert(0, str(REPOSITORY))
 
 import train  # noqa: E402
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT; a copy of it is run")
     default = ",".join(part for part in PARTS if part not in ("recipes", "gpu"))
     parser.add_argument("--only", default=default, metavar="PARTS", help="some of %(default)s, or recipes, gpu")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {WRITTEN.name}, too")
     parser.add_argument("--repeats", type=int, default=3, help="of each work (%(default)s)")
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - PARTS.keys():
@@ -137,21 +140,23 @@ def main() -> None:
         for part in options.only.split(","):
             tell(f"{part}:")
             rows += PARTS[part](bench)
-    print(
-        "# Benchmark\n\n`python tests/benchmark.py"
+    lines = [
+        "`python tests/benchmark.py"
         f"{' --peer=../nanoGPT' * bool(options.peer)} --only={options.only}` on {torch.get_num_threads()} threads of "
         f"{cpu_name()}{gpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
         f"\n\n{limit}\n\nA figure is the median of {options.repeats} repeats, with the lowest and highest; `2x` is how "
-        "many times as long the same work takes there.\n"
-    )
-    print("| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |")
-    for row in rows:
-        print(f"| {' | '.join(row.cells())} |")
+        "many times as long the same work takes there.\n",
+        "| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row.cells())} |" for row in rows),
+    ]
     if bench.growth:
-        print("\nEach size doubled again and again, the others left alone:\n")
-        print("| growth | median | from one to the next, times |\n| --- | --- | --- |")
-    for line in bench.growth:
-        print(f"| {' | '.join(line)} |")
+        lines += ["\nEach size doubled again and again, the others left alone:\n"]
+        lines += ["| growth | median | from one to the next, times |\n| --- | --- | --- |"]
+    lines += [f"| {' | '.join(line)} |" for line in bench.growth]
+    print(tables := "\n".join(lines))
+    if options.write:
+        before, _, rest = WRITTEN.read_text().partition(MARKS[0])
+        WRITTEN.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 def cpu_name() -> str:

@@ -70,6 +70,7 @@ def dataset(folder, capsys):
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "dropout": 0.1, "max_iters": 20,
     "eval_interval": 10, "eval_iters": 4, "log_interval": 5, "warmup_iters": 4, "device": "cpu", "dtype": "float32",
+    "optimizer": "adamw", "learning_rate": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1,
 }  # fmt: skip
 
 

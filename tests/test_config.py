@@ -239,3 +239,34 @@ def test_gpt2_124m_divides_among_8_gpus(monkeypatch):
 def test_the_reference_recipe_equals_the_defaults(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert read(TrainConfig, ["config/shakespeare_char.py"]) == TrainConfig()
+
+
+def test_only_tuned_values_of_a_recipe_may_follow_the_defaults(monkeypatch):
+    """What else the defaults decided when they were AdamW's, for 5000 steps of 64 sequences, each recipe names."""
+    monkeypatch.chdir(REPOSITORY)
+    was = {"optimizer": "adamw", "batch_size": 64, "dropout": 0.2, "learning_rate": 1e-3, "min_lr": 1e-4}
+    was |= {"warmup_iters": 100, "max_iters": 5000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0}
+    lecture = {"batch_size": 32, "dropout": 0.0, "learning_rate": 0.05, "min_lr": 0.0, "weight_decay": 0.03}
+    named = {
+        "shakespeare_char_nanogpt": {},
+        "stdlib_char": {
+            "batch_size": 48, "dropout": 0.0, "learning_rate": 5e-3, "min_lr": 0.0, "max_iters": 1750
+        },
+        "finetune_gpt2": {
+            "batch_size": 32, "dropout": 0.1, "learning_rate": 1e-4, "min_lr": 0.0, "warmup_iters": 5, "max_iters": 50
+        },
+        "gpt2_124m": {
+            "batch_size": 480, "dropout": 0.0, "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000,
+            "max_iters": 600_000, "beta2": 0.95
+        },
+        "lecture/1_bigram": lecture,
+        "lecture/2_self_attention": lecture | {"learning_rate": 1e-2},
+        "lecture/3_multi_head": lecture | {"learning_rate": 1e-2},
+        "lecture/4_feed_forward": lecture | {"learning_rate": 1e-2},
+        "lecture/5_residual": lecture | {"learning_rate": 5e-3},
+        "lecture/6_layer_norm": lecture | {"learning_rate": 5e-3},
+        "lecture/7_scaled_up": lecture | {"batch_size": 64, "dropout": 0.2, "learning_rate": 3e-4},
+    }  # fmt: skip
+    for name, changes in named.items():
+        found = dataclasses.asdict(read(TrainConfig, [f"config/{name}.py"]))
+        assert {key: found[key] for key in was} == was | changes, name

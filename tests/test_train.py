@@ -40,13 +40,13 @@ from config import ConfigError, UserError
 from model import GPT, Bigram
 from prepare import load_meta
 from train import (
+    Optimizer,
     Process,
     Tokens,
     TrainConfig,
     batch,
     choose_device,
     learning_rate,
-    make_optimizer,
     mean_loss,
     training_dtype,
 )
@@ -174,7 +174,7 @@ def test_missing_data_are_prepared_first(folder, capsys):
 
 def test_weight_decay_is_on_matrices_only():
     model = GPT(config(bias=True).model_config(11))
-    decayed, others = make_optimizer(model, config()).param_groups
+    decayed, others = Optimizer(model, config()).param_groups
     assert decayed["weight_decay"] == 0.1
     assert others["weight_decay"] == 0
     assert {p.dim() for p in decayed["params"]} == {2}
@@ -229,57 +229,94 @@ def test_the_seed_is_that_of_the_initial_weights_too(dataset, monkeypatch):
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
 
+def in_a_block(*shapes, names="abc"):
+    """A module whose parameters have the names of a block's."""
+    torch.manual_seed(0)
+    block = torch.nn.ParameterDict({name: torch.randn(shape) for name, shape in zip(names, shapes, strict=False)})
+    return torch.nn.ModuleDict({"transformer": torch.nn.ModuleDict({"h": block})})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 32)])
 def test_muon_takes_the_step_of_torchs_own(shape, dtype):
-    """Bit for bit in bfloat16, in which torch's always computes."""
-    torch.manual_seed(0)
-    matrix, vector = (torch.nn.Parameter(torch.randn(size)) for size in (shape, shape[:1]))
-    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in (matrix, vector)]
-    settings = {"lr": 0.01, "weight_decay": 0.1}
-    ours = train.Muon([{"params": [vector]}, {"params": [matrix], "betas": (0.95, 0.9), "dtype": dtype}], **settings)
-    muon = torch.optim.Muon(copies[:1], **settings, adjust_lr_fn="match_rms_adamw")  # Liu et al.'s scale
-    theirs = [muon, torch.optim.AdamW(copies[1:], **settings)]
+    model = in_a_block(shape, shape, shape[:1])  # two matrices, which step together, and a vector
+    matrix, other, vector = model.parameters()
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+    ours = Optimizer(model, config(optimizer="muon", weight_decay=0.1, beta2=0.999), dtype)
+    ours.lr = 0.01
+    muon = torch.optim.Muon(copies[:2], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")  # Liu et al.'s scale
+    theirs = [muon, torch.optim.AdamW(copies[2:], lr=0.01, weight_decay=0.0)]
     before = matrix.detach().clone()
     for _ in range(3):
-        for parameter, copy in zip((matrix, vector), copies, strict=True):
+        for parameter, copy in zip((matrix, other, vector), copies, strict=True):
             parameter.grad = torch.randn_like(parameter)
             copy.grad = parameter.grad.clone()
         for optimizer in (ours, *theirs):
             optimizer.step()
-    if dtype == torch.bfloat16:
-        assert same([matrix, vector], copies)
-    torch.testing.assert_close(matrix, copies[0], rtol=0, atol=0.002)
+    torch.testing.assert_close(vector, copies[2])
+    torch.testing.assert_close([matrix, other], copies[:2], rtol=0, atol=0.002)
     assert (matrix - before).abs().mean() > 0.001
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
+def test_muons_step_is_that_of_its_formulas_in_float64(shape):
+    """Momentum, Nesterov's look ahead, five iterations and the scale, written out for one matrix after the other."""
+    model = in_a_block(shape, shape).double()
+    optimizer = Optimizer(model, config(optimizer="muon", weight_decay=0.3), torch.float64)
+    expected = [p.detach().clone() for p in model.parameters()]
+    momenta = [torch.zeros_like(p) for p in expected]
+    for lr in (0.1, 0.05):
+        optimizer.lr = lr
+        for p, w, m in zip(model.parameters(), expected, momenta, strict=True):
+            p.grad = torch.randn_like(p)
+            m.copy_(0.95 * m + 0.05 * p.grad)
+            x = 0.95 * m + 0.05 * p.grad
+            x = x / x.norm()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            w.copy_(w - lr * 0.3 * w - lr * 0.2 * max(shape) ** 0.5 * x)
+        optimizer.step()
+    torch.testing.assert_close([p.detach() for p in model.parameters()], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
     model = GPT(config(bias=True).model_config(11))
-    keys = {"beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3}  # none of them the default
-    muon = make_optimizer(model, config(optimizer="muon", **keys))
-    embeddings, vectors, matrices = (group["params"] for group in muon.param_groups)
-    assert {id(p) for p in matrices} == {id(p) for p in model.transformer.h.parameters() if p.dim() == 2}
-    assert {id(p) for p in embeddings} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
-    assert {p.dim() for p in vectors} == {1}
-    assert len(embeddings) + len(vectors) + len(matrices) == len(list(model.parameters()))
-    assert [group["weight_decay"] for group in muon.param_groups] == [0.3, 0.0, 0.3]
-    assert [group["betas"] for group in muon.param_groups] == [(0.8, 0.9), (0.8, 0.9), (0.95, 0.9)]
+    settings = config(optimizer="muon", beta1=0.8, beta2=0.9, weight_decay=0.3)  # none of them the default
+    optimizer = Optimizer(model, settings)
+    groups = {by: [g for g in optimizer.param_groups if g["step"] == by] for by in (optimizer.muon, optimizer.adamw)}
+    matrices, (embeddings, vectors) = groups[optimizer.muon], groups[optimizer.adamw]
+    assert {id(p) for g in matrices for p in g["params"]} == {
+        id(p) for p in model.transformer.h.parameters() if p.dim() == 2
+    }
+    assert {id(p) for p in embeddings["params"]} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
+    assert {p.dim() for p in vectors["params"]} == {1}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    assert [g["weight_decay"] for g in (*matrices, embeddings, vectors)] == [0.3] * 4 + [0.3, 0.0]
 
 
 def test_muon_computes_in_the_dtype_of_the_run_but_for_float16():
     model = GPT(config().model_config(11))
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    groups = [make_optimizer(model, config(optimizer="muon"), dtype).param_groups[-1] for dtype in dtypes]
-    assert [group["dtype"] for group in groups] == [torch.float32, torch.bfloat16, torch.float32]
+    found = [Optimizer(model, config(optimizer="muon"), dtype).dtype for dtype in dtypes]
+    assert found == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_a_run_keeps_its_optimizer(dataset, capsys):
-    train_here(optimizer="muon", max_iters=10)
-    train_here(max_iters=12)  # a key that is not given follows the checkpoint
-    assert "changed since: max_iters 10 -> 12\n" in capsys.readouterr().out
-    assert checkpoint()["config"]["optimizer"] == "muon"
-    with pytest.raises(ConfigError, match=r"\(optimizer 'muon' -> 'adamw'\); .*, or resume it with --optimizer=muon$"):
-        train_here(optimizer="adamw", max_iters=14)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_run_is_never_resumed_with_the_rate_of_another_optimizer(dataset, monkeypatch, given):
+    """Neither that of a key nor a default."""
+    train_here(max_iters=10)
+    before = checkpoint()
+    for name in ("optimizer", "learning_rate", "min_lr"):
+        monkeypatch.delitem(TINY, name)
+    keys = {"optimizer": "muon", "learning_rate": 0.02} if given else {}
+    refused = r"\(optimizer 'adamw' -> 'muon'\); use another --out_dir, or resume it with (.*)$"
+    with pytest.raises(ConfigError, match=refused) as error:
+        train_here(max_iters=14, **keys)
+    assert same(checkpoint(), before)
+    words = re.search(refused, str(error.value))[1].split()
+    assert words == ["--optimizer=adamw", "--learning_rate=0.001", "--min_lr=0.0001"]
+    train.main([*tiny(max_iters=14), *words])
+    assert checkpoint()["step"] == 14
 
 
 def test_the_bigram_table_trains_with_muon_too(dataset):
@@ -289,9 +326,11 @@ def test_the_bigram_table_trains_with_muon_too(dataset):
     torch.testing.assert_close(checkpoint("muon/ckpt.pt")["model"], checkpoint()["model"])
 
 
-def test_with_a_scaler_muon_skips_what_overflows(dataset):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_with_a_scaler_a_step_that_overflows_changes_no_parameter(optimizer):
     model = GPT(config().model_config(11))
-    optimizer, scaler = make_optimizer(model, config(optimizer="muon")), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, scaler = Optimizer(model, config(optimizer=optimizer)), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer.lr = 1e-3
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for bad in (math.inf, 1.0):
         for parameter in model.parameters():
@@ -329,7 +368,7 @@ def test_the_model_is_compiled_as_one_graph_and_once(dataset, monkeypatch, proce
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         state = train.State(GPT(settings.model_config(65)), None, torch.amp.GradScaler(enabled=False), {})
-        state.optimizer = make_optimizer(state.model, settings)
+        state.optimizer = Optimizer(state.model, settings)
         model = train.compiled_and_parallel(state.model, settings, process)
         for state.step in range(4):
             train.train_step(model, state, tokens(), settings, process)
@@ -337,6 +376,63 @@ def test_the_model_is_compiled_as_one_graph_and_once(dataset, monkeypatch, proce
     finally:
         torch.distributed.destroy_process_group()
     assert len(graphs) == torch._dynamo.utils.counters["frames"]["total"] == 1  # it fits into one bucket of gradients
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "expected"),
+    [
+        ("cuda", [], "recorded"),  # as short as it is, compiling would take longer than it saves
+        ("cuda", ["--max_iters=20000"], "compiled"),
+        ("cuda", ["config/gpt2_124m.py"], "compiled"),
+        ("cuda", ["--compile=True"], "compiled"),
+        ("cuda", ["--compile=False"], "plain"),
+        ("cuda", ["--gradient_accumulation_steps=2"], "plain"),  # a second replay would overwrite the first gradients
+        ("cpu", ["config/gpt2_124m.py"], "plain"),
+        ("cpu", ["--compile=True"], "compiled"),
+    ],
+)
+def test_a_run_is_compiled_only_where_that_pays(monkeypatch, device, arguments, expected):
+    """By the work of the whole run: what is resumed computes what the uninterrupted run does."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("torch.compile", lambda model: (lambda *_: None) if model is torch.exp else "compiled")
+    monkeypatch.setattr("torch.ones", lambda *_, device: None)
+    monkeypatch.setattr(train, "recorded", lambda *_: "recorded")
+    settings = train.read(TrainConfig, arguments)
+    with torch.device("meta"):
+        model = GPT(settings.model_config(50257 if "gpt2" in str(arguments) else 65))
+    made = train.compiled_and_parallel(model, settings, Process(0, 1, torch.device(device), torch.bfloat16))
+    assert ("plain" if made is model else made) == expected
+
+
+def test_the_recorded_model_is_asked_for_the_loss_alone(monkeypatch):
+    """CUDA graphs take tensors, and return tensors; here, in place of a recording, the model itself."""
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", lambda module, sample: module)
+    settings = config(dropout=0.0)
+    model = GPT(settings.model_config(65))
+    x = torch.randint(65, (8, 16))
+    loss = train.recorded(model, settings, ALONE)(x, x, need_logits=False)
+    assert loss[0] is None
+    assert torch.equal(loss[1], model(x, x, need_logits=False)[1])
+
+
+def test_where_cuda_graphs_do_not_work_one_line_says_so(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", fails)
+    monkeypatch.setattr("torch.zeros", lambda *size, dtype, device: torch.empty(size, dtype=dtype))
+    model = GPT(config().model_config(65))
+    process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
+    assert train.compiled_and_parallel(model, config(), process) is model
+    assert capsys.readouterr().out == "a CUDA graph does not work here (RuntimeError): training without it\n"
+
+
+def test_the_end_of_a_run_says_what_it_cost(dataset, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 3 * 2**30)
+    state = train.State(GPT(config().model_config(5)), None, None, {})
+    for device, cost in (("cpu", "0 s"), ("cuda", "0 s and at most 3.0 GiB of GPU memory")):
+        assert train.Log(config(), state, Process(0, 1, torch.device(device), torch.bfloat16)).cost() == cost
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -372,7 +468,7 @@ def step_loss(data, step=0, rank=0, world_size=2, **changes):
     torch.manual_seed(0)
     model = GPT(settings.model_config(data.vocab_size))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = train.State(model, make_optimizer(model, settings), scaler, {}, step=step)
+    state = train.State(model, Optimizer(model, settings), scaler, {}, step=step)
     state.model.no_sync = contextlib.nullcontext
     return train.train_step(model, state, data, settings, process)[0].item()
 
@@ -685,14 +781,15 @@ def test_a_key_that_is_newer_than_the_checkpoint_is_no_change(dataset, capsys):
 def test_changed_keys_are_named_and_take_effect(dataset, capsys):
     train_here()
     capsys.readouterr()
+    shutil.copytree("out", "other")
+    train_here(max_iters=30, weight_decay=0.1, learning_rate=0.01, dropout=0.3, out_dir="other")
     train_here(max_iters=30, weight_decay=0.5, learning_rate=0.01, dropout=0.3)
+    assert not same(checkpoint()["model"], checkpoint("other/ckpt.pt")["model"])
     assert (
         "changed since: dropout 0.1 -> 0.3, learning_rate 0.001 -> 0.01, max_iters 20 -> 30, weight_decay 0.1 -> 0.5"
         in (capsys.readouterr().out)
     )
-    groups = checkpoint()["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-    assert groups[0]["lr"] == pytest.approx(learning_rate(29, config(max_iters=30, learning_rate=0.01)))
+    assert float(rows()[-1]["lr"]) == pytest.approx(learning_rate(29, config(max_iters=30, learning_rate=0.01)))
     assert checkpoint()["model_config"]["dropout"] == 0.3
 
 
@@ -930,11 +1027,15 @@ def test_saving_does_not_count_as_training(dataset, monkeypatch):
 def test_the_best_loss_is_told_with_its_step_also_after_a_resume(dataset, capsys):
     train_here(max_iters=30, learning_rate=0.3, min_lr=0.3, weight_decay=0, eval_interval=5)  # wild on purpose
     step, loss = checkpoint("out/best.pt")["step"], checkpoint("out/best.pt")["best_val_loss"]
-    told = f"best validation loss {loss:.4f} at step {step}; try python sample.py --out_dir=out\n"
+    told = rf"best validation loss {loss:.4f} at step {step}, after (\d+) s; try python sample.py --out_dir=out\n$"
     assert step < 30
-    assert capsys.readouterr().out.endswith(told)
+    assert re.search(told, capsys.readouterr().out)
+    log = Path("out/log.csv").read_text().splitlines()
+    *columns, last = [line.split(",") for line in log]
+    last[1] = "1000.25"  # seconds of all starts together
+    Path("out/log.csv").write_text("".join(",".join(row) + "\n" for row in (*columns, last)))
     train_here(max_iters=30)
-    assert capsys.readouterr().out.endswith(told)
+    assert 1000 <= int(re.search(told, capsys.readouterr().out)[1]) < 1100
 
 
 def test_a_run_that_was_never_evaluated_after_step_0_names_no_best_loss(dataset, capsys, monkeypatch):
@@ -1105,7 +1206,8 @@ def test_best_is_not_the_model_before_its_first_step(dataset, monkeypatch):
     assert not Path("out/best.pt").exists()
     monkeypatch.undo()
     monkeypatch.chdir(dataset.parent.parent)
-    train_here(learning_rate=0, min_lr=0, max_iters=10)  # no better than at step 0
+    train_here(learning_rate=1, max_iters=10)
+    assert float(rows()[0]["val_loss"]) < float(rows()[-1]["val_loss"])
     assert checkpoint("out/best.pt")["step"] == 10
 
 
@@ -1251,7 +1353,7 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--batch_size=0"], "batch_size must be at least 1, found 0"),
         (["--max_iters=-5"], "max_iters must be at least 1, found -5"),
         (["--learning_rate=nan"], "--learning_rate must be a number, found 'nan'"),
-        (["--learning_rate=1e-5"], "min_lr (0.0001) must not be above learning_rate (1e-05)"),
+        (["--learning_rate=1e-5", "--min_lr=1e-4"], "min_lr (0.0001) must not be above learning_rate (1e-05)"),
         (["--beta2=1"], "beta2 must be at least 0 and below 1, found 1.0"),
         (["--lr_decay_iters=-5"], "lr_decay_iters must be at least 1, found -5"),
         (["--seed=18446744073709551616"],
@@ -1259,7 +1361,7 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--seed=-1"], "seed must be at least 0 and below 9223372036854775808, found -1"),
         (["--out_dir="], "out_dir is empty: it must name a folder"),
         (["--gradient_accumulation_steps=3"],
-         "batch_size (64) must be divisible by the number of processes (1) x gradient_accumulation_steps (3)"),
+         "batch_size (32) must be divisible by the number of processes (1) x gradient_accumulation_steps (3)"),
         (["--device=gpu"], "device 'gpu' is not available; available: cpu"),
         (["--device=cpu", "--dtype=float16"],
          "float16 needs the loss scaling of a cuda device, found cpu; use bfloat16 or float32"),

@@ -9,8 +9,10 @@ batch_size = 32
 dropout = 0.0
 
 max_iters = 5000
+optimizer = "adamw"
 learning_rate = 0.05  # large steps are safe: each row is a problem of its own, and convex
 min_lr = 0.0
+warmup_iters = 100
 weight_decay = 0.03  # keeps pairs that never occurred from becoming impossible
 eval_interval = 5000
 log_interval = 500
