@@ -1,6 +1,6 @@
-# Below the lecture's 1.48, on a laptop, in ten to twenty minutes: validation loss 1.433 (median of four seeds, run on an
-# H100: 1.430 to 1.437). Its steps take as long as those of commit 0db5823, which took 603 s on two cores of an AMD EPYC
-# (family 26) with bfloat16, torch 2.13.0.
+# Below the lecture's 1.48, on a laptop, in ten to twenty minutes: validation loss 1.433 (median of four seeds, run on
+# an H100: 1.430 to 1.437). Its steps take as long as those of commit 0db5823, which took 603 s on two cores of an AMD
+# EPYC (family 26) with bfloat16, torch 2.13.0.
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_cpu_10min"
 

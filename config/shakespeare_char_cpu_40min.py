@@ -1,5 +1,6 @@
-# Forty minutes on a laptop. Not run whole yet: on text held out of the training split, 1.372, where the values of commit
-# 0db5823 reached 1.411; these ended at 1.431 on the validation split, in 2403 s on two cores of an AMD EPYC (family 26).
+# Forty minutes on a laptop. Not run whole yet: on text held out of the training split, 1.372, where the values of
+# commit 0db5823 reached 1.411; these ended at 1.431 on the validation split, in 2403 s on two cores of an AMD EPYC
+# (family 26).
 dataset = "shakespeare_char"
 out_dir = "out/shakespeare_char_cpu_40min"
 

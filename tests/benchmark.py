@@ -7,8 +7,8 @@
     python tests/benchmark.py --only=gpu                              on a GPU: steps, memory, MFU, a whole training
 
 For a machine with nothing else to do: it measures on the CPU, or on one GPU, in turns. Progress goes to stderr, the
-tables to stdout; --write replaces those between two marks in the file and leaves the rest of it alone. The others run in a process of their own, as their users run them; `transformers` is timed where it
-is installed.
+tables to stdout; --write replaces those between two marks in the file and leaves the rest of it alone. The others run
+in a process of their own, as their users run them; `transformers` is timed where it is installed.
 """
 
 import argparse
