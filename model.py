@@ -343,36 +343,45 @@ class GPT(LanguageModel):
                 raise ValueError(f"{name_or_folder} is not like GPT-2: its {name} is {found!r}, not {expected[0]!r}")
         if theirs.n_inner not in (None, 4 * theirs.n_embd):
             raise ValueError(f"{name_or_folder} is not like GPT-2: its n_inner is {theirs.n_inner}, not 4 n_embd")
-        pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
-        if report["missing_keys"] or report["mismatched_keys"]:  # which transformers initializes at random
+        pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(
+            name_or_folder, output_loading_info=True, tie_word_embeddings=False
+        )
+        missing = set(report["missing_keys"])  # which transformers initializes at random
+        if missing - {"lm_head.weight"} or report["mismatched_keys"]:
             raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
+        if missing:
+            pretrained.lm_head.weight = pretrained.transformer.wte.weight
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
         model = cls(GPTConfig(*sizes, dropout))
-        model.load_state_dict(transposed(pretrained.float().state_dict()))
+        load_weights(model, transposed(pretrained.float().state_dict()))
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, end: int | None = None) -> None:
         """Write `folder` in Hugging Face's format, for transformers' AutoModelForCausalLM; absent biases become zeros.
 
-        config.json comes last: a folder that has one is complete. Raises ValueError for a GPT with a part left out.
+        `end` is the token that ends a text, if there is one. config.json comes last: a folder that has one is complete.
+        Raises ValueError for a GPT with a part left out.
         """
         import transformers
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         config = self.config
         if not (config.feed_forward and config.residual and config.layer_norm):
             raise ValueError("only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm")
         shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-        no_tokens = {"bos_token_id": None, "eos_token_id": None}  # this model knows no token that ends a text
+        ends = {"bos_token_id": end, "eos_token_id": end}
         theirs = transformers.GPT2LMHeadModel(  # its biases are zeros
-            transformers.GPT2Config(n_positions=config.block_size, **shape, **dropouts, **no_tokens)
+            transformers.GPT2Config(n_positions=config.block_size, **shape, **dropouts, **ends)
         )
         theirs.load_state_dict(transposed(self.state_dict()), strict=False)
         theirs.config.architectures = ["GPT2LMHeadModel"]
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").unlink(missing_ok=True)
-        save_file(theirs.transformer.state_dict(), Path(folder) / "model.safetensors", {"format": "pt"})
+        # Not save_file, whose files are for their owner alone.
+        (Path(folder) / "model.safetensors").write_bytes(save(theirs.transformer.state_dict(), {"format": "pt"}))
+        generation = {"max_length": config.block_size, "pad_token_id": end, **ends}  # beyond it, there is no position
+        transformers.GenerationConfig(**generation).save_pretrained(folder)
         theirs.config.save_pretrained(folder)
 
 
@@ -386,6 +395,18 @@ GPT2 = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError for weights that are not finite, and where two names of one parameter have different ones."""
+    model.load_state_dict(weights)
+    loaded = model.state_dict()
+    for name, parameter in loaded.items():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+        if not torch.equal(parameter, weights[name].to(parameter.dtype)):
+            names = [other for other in loaded if loaded[other].data_ptr() == parameter.data_ptr()]
+            raise ValueError(f"{' and '.join(names)} differ, but are one parameter of this model")
 
 
 def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:

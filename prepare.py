@@ -14,10 +14,12 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import ConfigError, UserError, explained, key, read, run
+from config import ConfigError, UserError, explained, key, read, rewritable, run
 
 try:
     import fcntl
@@ -39,12 +41,20 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 TOKEN = np.dtype("<u2")  # a .bin is a row of these: little-endian uint16, the layout that nanoGPT uses too
 MAX_VOCAB_SIZE = 2**16
+END = "<|endoftext|>"  # what GPT-2's tokenizer has between two texts
 PIECE = 2**20  # bytes of text in memory at a time
 PART = 2**14  # characters that one thread encodes at a time
 LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
 # Texts are divided where a word ends, before a space: the tokens of the parts are those of the whole.
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"PK": "unzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
 
@@ -54,7 +64,7 @@ class PrepareConfig:
     """Turn a text into the tokens that train.py reads: data/<dataset>/train.bin, val.bin and meta.json."""
 
     dataset: str = key("shakespeare_char", "folder under data/ to write")
-    input: str | None = key(None, "a file to prepare: any UTF-8 text")
+    input: str | None = key(None, "what to prepare: a file, any UTF-8 text, or a folder, whose .txt files are joined")
     url: str | None = key(None, "a text to download and prepare")
     val_fraction: float = key(0.1, "share of the text held back for validation: its end", above=0, below=1)
     tokenizer: str = key(
@@ -89,6 +99,8 @@ def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
     Another process that prepares the same dataset waits. meta.json comes last: a folder that has one is complete.
     """
     folder = dataset_folder(config.dataset)
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"{folder} is a link to {os.readlink(folder)}, which does not exist")
     with locked(folder / "lock", wait=True):
         if (folder / "meta.json").exists() and not overwrite:
             return
@@ -127,9 +139,7 @@ def dataset_folder(dataset: str) -> Path:
 def fetch(config: PrepareConfig, path: Path) -> tuple[Path, str]:
     """The file of the text, by default `path`, and where it came from; downloaded where needed."""
     if config.input:
-        if not os.path.isfile(config.input):
-            raise ConfigError(f"--input: there is no file {config.input}")
-        return Path(config.input), config.input
+        return given_text(config, path), config.input
     source = config.url or str(path)
     if config.url:
         download(config.url, path)
@@ -145,6 +155,26 @@ def fetch(config: PrepareConfig, path: Path) -> tuple[Path, str]:
     else:
         raise ConfigError(f"there is no {path}: python prepare.py --dataset={config.dataset} --input=FILE makes it")
     return path, source
+
+
+def given_text(config: PrepareConfig, path: Path) -> Path:
+    """The file that --input names; a folder's texts joined and a pipe, which can be read only once, are put at `path`.
+
+    Between two texts of a folder is a newline, or GPT-2's token for it, <|endoftext|>.
+    """
+    given = Path(config.input)
+    if given.is_file():
+        return given
+    texts = sorted(given.glob("*.txt")) if given.is_dir() else [given]
+    if not given.exists() or not texts:
+        raise ConfigError(f"--input: there is no {'.txt file in' if given.exists() else 'file'} {given}")
+    with replacing(path) as file:
+        for text in texts:
+            if text != texts[0]:
+                file.write(END.encode() if config.tokenizer == "gpt2" else b"\n")
+            for piece in read_pieces(text):
+                file.write(piece.encode())
+    return path
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
@@ -180,7 +210,7 @@ def save(pieces: Iterator[bytes], path: Path, sha256: str | None) -> None:
             file.write(piece)
             digest.update(piece)
             received += len(piece)
-            if sys.stderr.isatty():
+            if rewritable(sys.stderr):
                 print(f"\rdownloading {path}: {received / 1e6:.1f} MB \r", end="", file=sys.stderr, flush=True)
         if sha256 and digest.hexdigest() != sha256:
             raise ValueError(f"wrong content: {received:,} bytes of sha256 {digest.hexdigest()}, expected {sha256}")
@@ -199,26 +229,44 @@ def collect_stdlib(path: Path) -> str:
 
 def read_pieces(path: Path) -> Iterator[str]:
     """Yield the text piece by piece, each up to where a word ends. Raises UserError if it is not UTF-8."""
-    decoder, text, data = codecs.getincrementaldecoder("utf-8-sig")(), "", None
+    decoder, text, data, head = codecs.getincrementaldecoder("utf-8-sig")(), "", None, b""
     with open(path, "rb") as file:
         while data != b"":
             data = file.read(PIECE)
+            head = head or data
             try:
                 text += decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 at = file.tell() - len(error.object) + error.start
-                raise UserError(f"{path} is not UTF-8 text: byte {at:,} is {error.object[error.start]:#x}") from None
+                raise not_a_text(path, f"byte {at:,} is {error.object[error.start]:#x}", head) from None
             *parts, text = PARTS.findall(text) or [""]
             yield "".join(parts)  # the last part waits: its word may go on
     yield text
 
 
+def not_a_text(path: Path, found: str, head: bytes) -> UserError:
+    """What `found` says against the file being UTF-8 text, and what its first bytes tell of what it is."""
+    advice = "convert it from its encoding, for instance: iconv -f WINDOWS-1252"
+    zeros = [head[i::4].count(0) > len(head) // 8 for i in range(4)]  # mostly, at each place of four bytes
+    if any(zeros) or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        little = zeros[3] if any(zeros) else head.startswith(codecs.BOM_UTF16_LE)
+        advice = f"convert it: iconv -f UTF-{32 if sum(zeros) == 3 else 16}{'LE' if little else 'BE'}"
+    advice += f" -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+    for magic, program in COMPRESSED.items():
+        if head.startswith(magic):
+            advice = f"it seems to be compressed: {program} {shlex.quote(str(path))}"
+    return UserError(f"{path} is not UTF-8 text: {found}; {advice}")
+
+
 def count_characters(path: Path) -> np.ndarray:
     """How often the text has each code point (0x110000,). Raises UserError when it is empty."""
-    counts = np.zeros(sys.maxunicode + 1, np.int64)
+    counts, head = np.zeros(sys.maxunicode + 1, np.int64), ""
     for piece in read_pieces(path):
+        head = head or piece
         found = np.bincount(code_points(piece))
         counts[: len(found)] += found
+    if counts[0] > max(100, counts.sum() / 10):  # UTF-16 of English is valid UTF-8, every second character of it NUL
+        raise not_a_text(path, f"{counts[0]:,} of its {counts.sum():,} characters are NUL", head.encode())
     if not counts.any():
         raise UserError(f"{path} is empty: there is nothing to learn from")
     return counts
@@ -230,24 +278,25 @@ def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_tra
     The text is split, not the tokens: all tokenizers hold back the same text, so their bits per byte are comparable.
     """
     folder = dataset_folder(config.dataset)
-    n_tokens, val_bytes, digest = {"train": 0, "val": 0}, 0, hashlib.sha256()
+    n_tokens, val_bytes, digest, start = {"train": 0, "val": 0}, 0, hashlib.sha256(), 0
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         for piece in read_pieces(text):
             digest.update(piece.encode())
-            held_back = piece[n_train:]
-            for split, file, part in (("train", train, piece[:n_train]), ("val", val, held_back)):
+            border = min(max(n_train - start, 0), len(piece))  # between training and validation
+            for split, file, first, last in (("train", train, 0, border), ("val", val, border, len(piece))):
+                part = piece[first:last]
                 with explained(f"{text} cannot be written in these tokens"):
-                    ids = tokenizer.encode(part)
+                    ids = tokenizer.encode(part, start + first)
                     # Some tokenizers drop the very first space.
                     if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != part.lstrip(" "):
                         raise ValueError("decoding them does not return it")
                 file.write(ids)
                 n_tokens[split] += len(ids)
-            val_bytes += len(held_back.encode())
-            n_train = max(0, n_train - len(piece))
+            val_bytes += len(piece[border:].encode())
+            start += len(piece)
         if not all(n_tokens.values()):
             raise UserError(f"{text} is too short for --val_fraction={config.val_fraction}: a split has no token")
-        if config.input:
+        if text != folder / "input.txt":
             with open(text, "rb") as given, replacing(folder / "input.txt") as file:
                 shutil.copyfileobj(given, file, PIECE)
         (folder / "meta.json").unlink(missing_ok=True)  # until the new one, the folder is not complete
@@ -312,6 +361,8 @@ def code_points(text: str) -> np.ndarray:
 class CharTokenizer:
     """Every distinct character is a token; ids follow the order of the code points."""
 
+    end = None  # no token ends a text
+
     def __init__(self, chars: str):
         self.facts = {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}  # for meta.json
         self.vocab_size = len(chars)
@@ -319,12 +370,16 @@ class CharTokenizer:
         self.id_of = np.full(sys.maxunicode + 1, -1, np.int32)
         self.id_of[self.points] = np.arange(self.vocab_size)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids (uint16). Raises ValueError that names the first character outside the vocabulary."""
+    def encode(self, text: str, start: int = 0) -> np.ndarray:
+        """Token ids (uint16). Raises ValueError that names the first character outside the vocabulary, and its
+        position in a text of which this is the part from `start` on.
+        """
         ids = self.id_of.take(code_points(text))
         if len(ids) and ids.min() < 0:
             at = int(np.argmax(ids < 0))
-            raise ValueError(f"character {text[at]!r} at position {at} is not in the vocabulary")
+            visible = text[at].isprintable() and not unicodedata.category(text[at]).startswith("M")  # no combining mark
+            char = repr(text[at]) if visible else f"U+{ord(text[at]):04X}"
+            raise ValueError(f"character {char} at position {start + at} is not in the vocabulary")
         return ids.astype(TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -356,11 +411,13 @@ class SubwordTokenizer:
         self.library.post_processor = None  # it only adds tokens to those of the text
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self.facts = {"tokenizer": name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
+        special = {token.content: id for id, token in self.library.get_added_tokens_decoder().items() if token.special}
+        self.end = special.get(END)
         if not 0 < self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"it has {self.vocab_size:,} tokens; uint16 can tell {MAX_VOCAB_SIZE:,} apart")
 
     @explained("the tokenizer cannot encode this text")
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, start: int = 0) -> np.ndarray:
         """Token ids (uint16); a long text is divided among all cores. Raises UserError for one that has none."""
         encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
         return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
@@ -391,6 +448,11 @@ def make_tokenizer(config: PrepareConfig, text: Path, counts: np.ndarray) -> Tok
 
 def tokenizer_facts(path: Path) -> dict:
     """What a tokenizer.json, its folder or another dataset's meta.json says. Raises ConfigError where there is none."""
+    if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():  # an older format
+        import transformers
+
+        library = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer
+        return {"tokenizer": str(path), "json": library.to_str()}
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         ways = "char, bpe, gpt2, a tokenizer.json, its folder or a meta.json"
@@ -414,7 +476,7 @@ def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         max_token_length=32,  # bytes; in a text without spaces, tokens would otherwise be whole passages
-        show_progress=sys.stderr.isatty(),
+        show_progress=rewritable(sys.stderr),
     )
     pieces = itertools.islice(read_pieces(path), 0, None, 1 + path.stat().st_size // LEARN_FROM)
     parts = (part for piece in pieces for part in PARTS.findall(piece))  # small, for it collects 256 of them

@@ -14,11 +14,12 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import re
 import sys
 import zipfile
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
@@ -27,15 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ConfigError, UserError, did_you_mean, explained, key, put, read, run
-from model import GPT, MODELS, GPTConfig, LanguageModel
+from config import ConfigError, UserError, did_you_mean, explained, key, put, read, run, typed
+from model import GPT, MODELS, GPTConfig, LanguageModel, load_weights
 from prepare import (
+    END,
     Tokenizer,
     dataset_folder,
     decoded_stream,
     first_token,
     load_meta,
     quiet_hub,
+    read_pieces,
     tokenizer_facts,
     tokenizer_of,
 )
@@ -53,12 +56,15 @@ class SampleConfig:
         None, "instead of out_dir's: gpt2, gpt2-medium, ..., a folder in Hugging Face's format, a checkpoint"
     )
     save_pretrained: str | None = key(None, "write the model to this folder in Hugging Face's format, and no text")
-    start: str | None = key(None, "text to continue (\\n: newline), or FILE:path of it; None: a newline, else token 0")
+    start: str | None = key(
+        None, r"text to continue (\n: newline, \\: backslash), or FILE:path of it; None: a newline, else token 0"
+    )
     num_samples: int = key(1, "continuations, generated as one batch", least=1)
     max_new_tokens: int = key(500, "tokens in each of them", least=1)
     temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token", least=0)
     top_k: int | None = key(None, "choose among the k likeliest tokens only", least=1)
     top_p: float | None = key(None, "choose among the fewest tokens with this total probability", above=0, most=1)
+    stop_at_end: bool = key(True, f"end a text at {END}, where the tokenizer has it as a token of its own")
     seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
@@ -88,13 +94,16 @@ def main(argv: list[str]) -> None:
     model.to(device, choose_dtype(config.dtype, device))
     generator = torch.Generator(device).manual_seed(config.seed)
     stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)
+    end = tokenizer.end if config.stop_at_end else None
     if config.num_samples == 1:  # appears as it is made
-        for text in decoded_stream(tokenizer, chain(idx[0].tolist(), (token.item() for token in stream))):
+        new = takewhile(lambda id: id != end, (token.item() for token in stream))
+        for text in decoded_stream(tokenizer, chain(idx[0].tolist(), new)):
             print(text, end="", flush=True)
         print()
     else:
-        rows = torch.cat((idx, *stream), dim=1).cpu().numpy()  # (num_samples, T + max_new_tokens)
-        print("\n---------------\n".join(tokenizer.decode(row) for row in rows))
+        T, rows = idx.size(1), torch.cat((idx, *stream), dim=1).cpu().numpy()  # (num_samples, T + max_new_tokens)
+        lengths = [T + [*row[T:], end].index(end) for row in rows]
+        print("\n---------------\n".join(tokenizer.decode(row[:n]) for row, n in zip(rows, lengths, strict=True)))
 
 
 def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
@@ -103,11 +112,11 @@ def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
         return torch.tensor([[first_token(tokenizer)]])
     try:
         if start.startswith("FILE:"):
-            text = Path(start.removeprefix("FILE:")).expanduser().read_bytes().decode("utf-8-sig")
+            text = "".join(read_pieces(Path(start.removeprefix("FILE:")).expanduser()))
         else:
-            text = start.replace("\\n", "\n")  # as one types a line break in a shell
+            text = re.sub(r"\\([n\\])", lambda typed: "\n" if typed[1] == "n" else "\\", start)
         return encoded(text, tokenizer)
-    except (OSError, ValueError) as error:
+    except (UserError, OSError, ValueError, RuntimeError) as error:  # the last: ~ without a home
         raise ConfigError(f"--start: {error}") from None
 
 
@@ -159,13 +168,15 @@ def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel,
     path = checkpoint_in(source)
     if path is None:
         quiet_hub(needed=not Path(source).exists())
-        with explained(f"cannot load {source}", "; a folder with its files needs no network"):
+        with explained(f"cannot load {source}", "" if Path(source).exists() else "; a folder needs no network"):
             return GPT.from_pretrained(source, dropout), {}
     with usable(path):
         with zipfile.ZipFile(path) as container:
             if damaged := container.testzip():  # torch itself does not look at the checksums
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        wrappers = r"^((module|_orig_mod)\.)+"  # DistributedDataParallel and torch.compile put these before names
+        checkpoint["model"] = {re.sub(wrappers, "", name): weight for name, weight in checkpoint["model"].items()}
         if "model_args" in checkpoint:
             checkpoint = from_nanogpt(checkpoint)
         build, weights = MODELS[checkpoint["config"]["model"]], checkpoint["model"]
@@ -182,7 +193,7 @@ def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel,
         if version != 1 or step < 0 or math.isnan(loss) or not isinstance(tokenizer, dict):
             raise ValueError(", ".join(f"{name} {short(checkpoint[name])}" for name in names))
         model = build(config)
-        model.load_state_dict(weights)
+        load_weights(model, weights)
         return model, checkpoint
 
 
@@ -217,7 +228,6 @@ def shapes_and_types(value: Any) -> Any:
 def from_nanogpt(theirs: dict) -> dict:
     """A checkpoint of nanoGPT in the form of ours, without its optimizer. It does not say what its tokens mean."""
     shape, weights, dataset = theirs["model_args"], theirs["model"], theirs["config"]["dataset"]
-    weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # an old mask
     if shape["vocab_size"] == 50304:  # GPT-2's 50,257 tokens rounded up for speed: the rest never occurs
         shape = shape | {"vocab_size": 50257}
@@ -226,7 +236,7 @@ def from_nanogpt(theirs: dict) -> dict:
     meta = load_meta(dataset) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
     if meta["vocab_size"] != shape["vocab_size"]:
         problem = f"{path} has {meta['vocab_size']}" if path.exists() else f"{path} is missing"
-        way = f"python prepare.py --dataset={dataset} --input=FILE makes it from the text it was trained on"
+        way = f"python prepare.py {typed('dataset', dataset)} --input=FILE makes it from the text it was trained on"
         raise UserError(f"this checkpoint of nanoGPT has {shape['vocab_size']} tokens, but {problem}: {way}")
     return {
         "format": 1,
@@ -244,12 +254,14 @@ def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) ->
     if not isinstance(model, GPT):
         raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if tokenizer.end is not None:
+        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
     with explained(f"cannot write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         library = tokenizer.to_library()
         library.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, tokenizer.end)
     print(f'{folder}: open it with transformers.pipeline("text-generation", model="{folder}")')
 
 

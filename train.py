@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
-from config import ConfigError, StopSignals, UserError, explained, key, progress, read, run, show
+from config import ConfigError, StopSignals, UserError, explained, key, progress, rank_and_size, read, run, show, typed
 from model import GPT, MODELS, GPTConfig, LanguageModel
 from prepare import Tokens, dataset_folder, first_token, locked, prepared, replacing, tokenizer_of
 from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, open_model, shapes_and_types, usable
@@ -206,7 +206,7 @@ def main(argv: list[str]) -> int | None:
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
     best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}"
-    show(f"{best}, after {log.cost()}; try python sample.py --out_dir={config.out_dir}")
+    show(f"{best}, after {log.cost()}; try python sample.py {typed('out_dir', config.out_dir)}")
 
 
 def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
@@ -338,7 +338,7 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
 def update_best(state: State, tokens: Tokens, config: TrainConfig, process: Process) -> None:
     """Evaluate best.pt once more if its loss was measured on another number of validation tokens than is read now.
 
-    One that is gone, or does not fit the run, is forgotten.
+    One that is gone or damaged, or does not fit the run, is forgotten.
     """
     path, before, state.best_tokens = config.path("best.pt"), state.best_tokens, evaluated_tokens(tokens, config)
     exists = process.on_rank_0(path.exists)
@@ -346,12 +346,13 @@ def update_best(state: State, tokens: Tokens, config: TrainConfig, process: Proc
         return
     state.best_val_loss, state.best_step = math.inf, None
     if exists:
-        model, best = open_model(path, config.dropout)
-        if model.config == state.model.config:
-            loss = mean_loss(model.to(process.device), tokens, state.best_tokens, config, process)
-            show(f"{path}: val loss {loss:.4f} on the {state.best_tokens:,} tokens that are evaluated now")
-            if loss < math.inf:
-                state.best_val_loss, state.best_step = loss, best["step"]
+        with suppress(UserError):  # of a damaged file
+            model, best = open_model(path, config.dropout)
+            if model.config == state.model.config:
+                loss = mean_loss(model.to(process.device), tokens, state.best_tokens, config, process)
+                show(f"{path}: val loss {loss:.4f} on the {state.best_tokens:,} tokens that are evaluated now")
+                if loss < math.inf:
+                    state.best_val_loss, state.best_step = loss, best["step"]
 
 
 # State and checkpoints
@@ -409,7 +410,7 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
             model.crop(min(config.block_size, model.config.block_size))
         with usable(source):
             if source == path and "moments" not in checkpoint.get("optimizer", {}):
-                advice = f"use --init_from={path} and another --out_dir"
+                advice = f"use {typed('init_from', path)} and another --out_dir"
                 raise ConfigError(f"{path} has no optimizer state that fits: {advice}")
             adopt_shape(config, meta, model, checkpoint, source)
     else:
@@ -429,6 +430,9 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     show(f"{n_parameters / 1e6:.2f}M parameters on {process}")
+    if config.warmup_iters >= config.max_iters:
+        numbers = f"warmup_iters ({config.warmup_iters}) is not below max_iters ({config.max_iters})"
+        show(f"{numbers}: the learning rate never reaches its peak")
     if state.step >= config.max_iters and not config.eval_only:
         show(f"max_iters ({config.max_iters}) is reached: raise it, or take another --out_dir")
     return state
@@ -444,7 +448,9 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
     if path.exists():
         return path
     if best.exists():
-        ways = f"start from it with --init_from={best} and another --out_dir, or overwrite it with --init_from=scratch"
+        ways = (
+            f"start from it with {typed('init_from', best)} and another --out_dir, or --init_from=scratch overwrites it"
+        )
         raise ConfigError(f"there is {best} but no {path}: {ways}")
     if config.init_from == "resume":
         raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
@@ -473,7 +479,7 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
             own = (name for name in STEP if found[name] != getattr(config, name))
             advice = f"; use another --out_dir, or resume it with {' '.join(f'--{name}={found[name]}' for name in own)}"
         elif different.keys() <= {*TEXT_FACTS}:
-            advice = f"; use another --out_dir, where --init_from={source} fine-tunes these weights"
+            advice = f"; use another --out_dir, where {typed('init_from', source)} fine-tunes these weights"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
         raise ConfigError(f"{source} holds {what}{advice}")
     for name in adopted:
@@ -604,7 +610,7 @@ class Process:
 
 def join_processes(config: TrainConfig) -> Process:
     """Join the processes that torchrun started. Raises ConfigError for a batch size or device that does not fit."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_size()
     config.micro_batch_size(world_size)
     device = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if config.deterministic:

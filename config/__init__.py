@@ -16,9 +16,11 @@ import os
 import pickle
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,6 +76,11 @@ def explained(what: str, advice: str = "", kind: type[UserError] = UserError) ->
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run the code
             reason = "it holds more than tensors and plain values"
         raise kind(f"{what} ({type(error).__name__}: {reason}){advice}") from None
+
+
+def typed(name: str, value: object) -> str:
+    """--name=value, as one can type or paste it in a shell."""
+    return f"--{name}={shlex.quote(str(value))}"
 
 
 def key(default: Any, meaning: str, **limits: float) -> Any:
@@ -217,12 +224,14 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
     try:
+        rank_and_size()
         status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         status = 128 + 13
     except KeyboardInterrupt:
         say(UserError("interrupted; nothing that was saved is lost"))
@@ -235,10 +244,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         meanings = [text for words, text in BREAKDOWNS.items() if re.search(words, f"{type(error).__name__}: {error}")]
         if not meanings:
             raise
-        status = say(UserError(meanings[0]))
+        status = say(UserError(meanings[0]), alone=meanings[0] == BREAKDOWNS[OUT_OF_MEMORY])
     for stream in (sys.stdout, sys.stderr):
         put("", stream)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if one_of_several():
         os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort: 1 in 13 did
     sys.exit(status)
 
@@ -254,6 +263,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # Python has signals in the main thread only
         self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
@@ -263,47 +274,73 @@ class StopSignals:
         self.received = number
         if number == signal.SIGINT and reporting():  # not of the others, which SIGKILL may follow
             with suppress(RuntimeError):  # raised where the signal has interrupted another print
-                put(f"{ERASE_LINE * sys.stderr.isatty()}{STOPPING}\n", sys.stderr)
+                put(f"{ERASE_LINE * rewritable(sys.stderr)}{STOPPING}\n", sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def say(error: UserError | OSError) -> int:
-    """Print the error and return the exit status. All processes of a machine meet a UserError: the first prints it."""
-    if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
-        put(f"{ERASE_LINE * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {' '.join(str(error).split())}\n", sys.stderr)
-    else:
+def say(error: UserError | OSError, alone: bool = False) -> int:
+    """Print the error and return the exit status.
+
+    What all processes of a machine meet, the first of them prints; what one meets `alone`, that one, with its rank.
+    """
+    alone = alone or isinstance(error, OSError)
+    if one_of_several() and not alone and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)  # torchrun kills all when the first exits: let the one that prints be first
+    else:
+        who = f", process {os.environ['RANK']}" if alone and one_of_several() else ""
+        what = f"{Path(sys.argv[0]).name}{who}: {' '.join(str(error).split())}"
+        put(f"{ERASE_LINE * rewritable(sys.stderr)}{what}\n", sys.stderr)
     return getattr(error, "status", 1)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which process this is, and of how many, as torchrun says it in the environment. Raises ConfigError."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, world_size, *master = found = [os.environ.get(name) for name in names]
+    if rank is world_size is None:
+        return 0, 1
+    numbers = str(rank).isdecimal() and str(world_size).isdecimal() and int(rank) < int(world_size)
+    if not numbers or not (all(master) or world_size == "1"):
+        known = " ".join(f"{name}={value}" for name, value in zip(names, found, strict=True) if value is not None)
+        raise ConfigError(
+            f"{known} in the environment: start with torchrun, which sets {', '.join(names)}, or unset them"
+        )
+    return int(rank), int(world_size)
+
+
+def one_of_several() -> bool:
+    """Whether torchrun has started other processes beside this one."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def reporting() -> bool:
     """Whether this is the process, of those that torchrun has started together, that shows how the run goes."""
-    return os.environ.get("RANK", "0") == "0"
+    return not one_of_several() or os.environ.get("RANK", "0") == "0"
 
 
 def show(text: str) -> None:
     """Print a line on stdout, in place of a progress line; in process 0 alone."""
     if reporting():
-        put(ERASE_LINE * sys.stderr.isatty(), sys.stderr)
+        put(ERASE_LINE * rewritable(sys.stderr), sys.stderr)
         put(text + "\n", sys.stdout)
 
 
 class Progress:
-    """Progress of process 0 on stderr: on a terminal a line, rewritten at most twice a second, else a line in 5 s."""
+    """Progress of process 0 on stderr: where a line can be rewritten, one, at most twice a second; else one in 5 s."""
 
     def __init__(self):
         self.shown = -math.inf  # when the last one was
 
     def due(self) -> bool:
-        return reporting() and time.monotonic() - self.shown > (0.5 if sys.stderr.isatty() else 5)
+        return reporting() and time.monotonic() - self.shown > (0.5 if rewritable(sys.stderr) else 5)
 
     def show(self, text: str) -> None:
         if self.due():
             self.shown = time.monotonic()
-            if sys.stderr.isatty():  # a line that wraps could not be erased
+            if rewritable(sys.stderr):  # a line that wraps could not be erased
                 put(ERASE_LINE + text[: shutil.get_terminal_size().columns - 1], sys.stderr)
             else:
                 put(text + "\n", sys.stderr)
@@ -312,8 +349,19 @@ class Progress:
 progress = Progress()
 
 
+def rewritable(stream: TextIO) -> bool:
+    """Whether what is printed there can be rewritten: in a terminal and in a notebook, whose streams may be any."""
+    return "ipykernel" in sys.modules or getattr(stream, "isatty", bool)()
+
+
 def put(text: str, stream: TextIO) -> None:
     try:
         print(text, end="", file=stream, flush=True)
-    except OSError:  # the terminal is gone or the disk full: print no more
+    except OSError:  # the terminal is gone or the disk full
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Print no more there."""
+    with suppress(OSError, AttributeError):  # not every stream is a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

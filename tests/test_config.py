@@ -1,12 +1,14 @@
 import dataclasses
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, command, tiny
 
 from config import ConfigError, explained, key, read, run
 from prepare import PrepareConfig
@@ -197,6 +199,79 @@ def test_out_of_memory_is_one_line_and_status_1(folder):
     ended = command("train.py", "--n_embd=6000000000", "--n_layer=1", "--device=cpu")
     assert ended.returncode == 1
     assert ended.stderr == "train.py: out of memory; try a smaller batch, model or context\n"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_half_an_environment_of_torchrun_is_one_line(folder, program, environment):
+    ended = command(program, "--device=cpu", env=os.environ | environment)
+    assert ended.returncode == 2
+    said = " ".join(f"{name}={value}" for name, value in environment.items())
+    names = "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+    assert (
+        ended.stderr
+        == f"{program}: {said} in the environment: start with torchrun, which sets {names}, or unset them\n"
+    )
+
+
+def test_a_local_rank_without_other_processes_changes_nothing(folder):
+    ended = command("sample.py", "--out_dir=nowhere", env=os.environ | {"LOCAL_RANK": "1"})
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("sample.py: there is no checkpoint in nowhere")
+
+
+NOTEBOOK = """if True:
+    import io, runpy, sys, threading
+
+    class Stream:  # has no more than this
+        def __init__(self):
+            self.text = ""
+        def write(self, text):
+            self.text += text
+        def flush(self):
+            pass
+
+    class Unreal(Stream):
+        def fileno(self):
+            raise io.UnsupportedOperation("fileno")
+
+    shell, sys.argv = (sys.stdout, sys.stderr), sys.argv[1:]
+    sys.stdout, sys.stderr = streams = Stream(), Unreal()
+    def main():
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            print(end.code or 0, file=shell[0])
+    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+    if in_thread:
+        thread = threading.Thread(target=main)
+        thread.start()
+        thread.join()
+    else:
+        main()
+    sys.stdout, sys.stderr = shell
+    print(*(stream.text for stream in streams))
+"""
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_the_programs_run_in_a_notebook(dataset, in_thread):
+    """Whose streams may be any object with write and flush, and whose cells may run in any thread."""
+    runs = ("prepare.py",), ("train.py", *tiny(max_iters=2)), ("sample.py",), ("sample.py", "--top_k=0")
+    for program, *arguments in runs:
+        code = f"in_thread = {in_thread}\n{NOTEBOOK}"
+        ended = subprocess.run(
+            [sys.executable, "-c", code, str(REPOSITORY / program), *arguments], capture_output=True, text=True
+        )
+        assert ended.stderr == ""
+        assert ended.stdout[0] == ("2" if "--top_k=0" in arguments else "0"), ended.stdout
 
 
 def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):

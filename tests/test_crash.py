@@ -458,9 +458,28 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_all(dataset):
     with start_two(*tiny(max_iters=10**6), program=["-c", code]) as (first, second):
         errors = [process.communicate(timeout=60)[1] for process in (first, second)]
     assert first.returncode == second.returncode == 1
-    assert re.search(r"^-c: data/shakespeare_char/\w+.bin has token id \d+; the vocabulary has", errors[1], re.M)
+    assert re.search(
+        r"^-c, process 1: data/shakespeare_char/\w+.bin has token id \d+; the vocabulary has", errors[1], re.M
+    )
     assert "-c: another process of this run has exited; --init_from=auto resumes" in errors[0]
     assert "Traceback" not in "".join(errors)
+
+
+def test_one_process_that_is_out_of_memory_says_so_with_its_rank(dataset):
+    code = """if True:
+        import os, train
+        from config import run
+        if os.environ["RANK"] == "1":
+            def step(*_):
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            train.train_step = step
+        run(train.main)
+    """
+    with start_two(*tiny(max_iters=10**6), program=["-c", code]) as (first, second):
+        errors = [process.communicate(timeout=60)[1] for process in (first, second)]
+    assert first.returncode == second.returncode == 1
+    assert "-c, process 1: out of memory; try a smaller batch, model or context\n" in errors[1]
+    assert "-c: another process of this run has exited; --init_from=auto resumes" in errors[0]
 
 
 def children(pid):

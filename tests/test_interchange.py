@@ -1,7 +1,9 @@
 """Models that come from elsewhere and go elsewhere: Hugging Face's transformers and nanoGPT. No network is needed."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import REPOSITORY, checkpoint, command, losses, same, train_here
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import prepare
 import sample
@@ -291,6 +293,137 @@ def test_transformers_continues_with_our_greedy_text(mine, capsys, tokenizer, bi
     torch.testing.assert_close(model(idx).logits, sample.open_model("out/best.pt")[0].eval()(idx)[0], rtol=0, atol=1e-4)
 
 
+def test_the_call_that_is_advertised_writes_up_to_block_size_without_a_warning(dataset, capsys):
+    train_here(max_iters=2)
+    sample.main(["--save_pretrained=hf"])
+    [call] = re.findall(r"transformers\.pipeline\(.*\)", capsys.readouterr().out)
+    code = f'import transformers; [answer] = {call}("the king"); print(answer["generated_text"])'
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout) == 16 + 1
+    assert "[transformers]" not in ended.stderr
+
+
+def test_an_export_has_the_rights_that_the_umask_gives(dataset):
+    train_here(max_iters=1)
+    before = os.umask(0o027)
+    try:
+        sample.main(["--save_pretrained=hf"])
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in Path("hf").iterdir()} == dict.fromkeys(
+        ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        "0o640",
+    )
+
+
+@pytest.fixture
+def with_end(folder):
+    """gpt2/: a model whose tokenizer has <|endoftext|> as a special token; mine.txt, a text for it."""
+    Path("mine.txt").write_text("the king and queen of this fair land did speak " * 200)
+    library = prepare.learned_bpe(Path("mine.txt"), 280).library
+    library.add_special_tokens(["<|endoftext|>"])
+    Path("gpt2").mkdir()
+    library.save("gpt2/tokenizer.json")
+    shape = SHAPES[0] | {"vocab_size": library.get_vocab_size()}
+    gpt2(**shape).save_pretrained("gpt2")
+    return library.token_to_id("<|endoftext|>")
+
+
+def test_the_end_token_survives_fine_tuning_and_export(with_end):
+    prepare.main(["--dataset=mine", "--input=mine.txt", "--tokenizer=gpt2/tokenizer.json"])
+    train_here(dataset="mine", init_from="gpt2", max_iters=1)
+    sample.main(["--save_pretrained=hf"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained("hf")
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == transformers.AutoConfig.from_pretrained("hf").eos_token_id == with_end
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer(["the", "the king and"], padding=True).input_ids[0][-1] == with_end
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_text_ends_at_the_end_token_each_at_its_own(with_end, capsys, monkeypatch, n):
+    tokenizer = sample.load("gpt2")[1]
+    the, king = tokenizer.encode("the king")[:2].tolist()
+    drawn = torch.tensor([[king, king], [with_end, king], [king, with_end], [king, king]])
+    monkeypatch.setattr(GPT, "stream", lambda *_: iter(drawn[:, :n, None]))
+    word, start = (tokenizer.decode(np.array([id])) for id in (king, the))
+    for stop, texts in (
+        (True, [start + word, start + 2 * word]),
+        (False, [start + word + "<|endoftext|>" + 2 * word, start + 2 * word + "<|endoftext|>" + word]),
+    ):
+        sample.main(["--init_from=gpt2", f"--start={start}", f"--num_samples={n}", f"--stop_at_end={stop}"])
+        assert capsys.readouterr().out == "\n---------------\n".join(texts[:n]) + "\n"
+
+
+def test_a_tokenizer_in_gpt2s_older_format_is_read(with_end):
+    library = prepare.tokenizer_of(prepare.tokenizer_facts(Path("gpt2"))).library
+    library.model.save("gpt2")  # vocab.json and merges.txt
+    vocab = json.loads(Path("gpt2/vocab.json").read_text())
+    Path("gpt2/vocab.json").write_text(json.dumps(vocab | {"<|endoftext|>": with_end}))
+    Path("gpt2/tokenizer.json").unlink()
+    _, tokenizer = sample.load("gpt2")
+    text = "the king and queen<|endoftext|>did"
+    assert tokenizer.encode(text).tolist() == library.encode(text).ids
+    assert with_end == tokenizer.end
+
+
+def test_a_padded_vocabulary_is_refused_with_the_reason(with_end):
+    gpt2(**SHAPES[0] | {"vocab_size": 320}).save_pretrained("gpt2")
+    with pytest.raises(
+        UserError, match=r"^gpt2 has no usable tokenizer \(ValueError: 281 tokens for a vocabulary of 320"
+    ):
+        sample.load("gpt2")
+
+
+def test_a_sharded_folder_opens(folder):
+    theirs = gpt2(**SHAPES[1])
+    theirs.save_pretrained("gpt2", max_shard_size="50KB")
+    assert len([*Path("gpt2").glob("*.safetensors")]) > 1
+    assert same(GPT.from_pretrained("gpt2").state_dict()["lm_head.weight"], theirs.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("of", ["train.py", "nanoGPT", "transformers"])
+def test_weights_that_cannot_be_these_are_refused(dataset, gpt2_folder, of):
+    """Two different tables where there is one; weights that are not finite."""
+
+    def changed(name, value):
+        if of == "transformers":
+            gpt2(**SHAPES[0]).save_pretrained("gpt2")
+            weights = load_file("gpt2/model.safetensors")
+            weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+            weights[name][0, 0] = value
+            save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
+        else:
+            train_here(max_iters=1, init_from="scratch")
+            content = checkpoint("out/best.pt")
+            if of == "nanoGPT":
+                nanogpt("out/best.pt")
+                content = checkpoint("out/best.pt")
+            content["model"][name] = content["model"][name].clone()
+            content["model"][name][0, 0] = value
+            torch.save(content, "out/best.pt")
+
+    source = "gpt2" if of == "transformers" else "out"
+    changed("lm_head.weight", 3.0)
+    two = r"ValueError: transformer.wte.weight and lm_head.weight differ, but are one parameter"
+    with pytest.raises(UserError, match=two):
+        sample.main([f"--init_from={source}"])
+    for value in (math.nan, math.inf):
+        changed("transformer.h.1.mlp.c_fc.weight", value)
+        with pytest.raises(UserError, match=r"ValueError: transformer.h.1.mlp.c_fc.weight holds NaN or infinity"):
+            sample.main([f"--init_from={source}"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_that_wrappers_have_lengthened_are_theirs(dataset, prefix):
+    train_here(max_iters=1)
+    content = checkpoint("out/best.pt")
+    content["model"] = {prefix + name: weight for name, weight in content["model"].items()}
+    torch.save(content, "wrapped.pt")
+    assert same(sample.load("wrapped.pt")[0].state_dict(), checkpoint("out/best.pt")["model"])
+
+
 def test_an_export_that_fails_leaves_the_old_one(dataset, capsys, monkeypatch):
     train_here(max_iters=1)
     sample.main(["--save_pretrained=hf"])
@@ -310,8 +443,8 @@ def test_an_export_that_is_killed_leaves_nothing_beside_its_folder_and_is_not_ta
     before = sorted(os.listdir())
     killed = """if True:
         import os, signal, safetensors.torch, sample
-        original = safetensors.torch.save_file
-        safetensors.torch.save_file = lambda *given: (original(*given), os.kill(os.getpid(), signal.SIGKILL))
+        original = safetensors.torch.save
+        safetensors.torch.save = lambda *given: (original(*given), os.kill(os.getpid(), signal.SIGKILL))
         sample.main(["--save_pretrained=hf"])
     """
     argv = [sys.executable, "-c", killed]

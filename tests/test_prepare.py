@@ -1,9 +1,12 @@
+import bz2
 import contextlib
+import gzip
 import hashlib
 import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -341,6 +344,94 @@ def test_a_text_that_is_not_utf8_is_refused_with_the_place(folder, monkeypatch, 
         prepare.main(["--dataset=mine", "--input=my.txt"])
 
 
+@pytest.mark.skipif(not shutil.which("iconv"), reason="needs iconv")
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-16", "cp1252"])
+@pytest.mark.parametrize("text", ["To be, or not to be. " * 100, "Grüße aus Köln. " * 100])
+def test_a_text_of_another_encoding_is_refused_with_the_command_that_converts_it(folder, encoding, text):
+    if encoding == "cp1252" and text.isascii():
+        pytest.skip("ASCII is UTF-8")
+    (folder / "my text.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match=r"^my text.txt is not UTF-8 text: .*: iconv -f .* > utf8.txt$") as error:
+        prepare.main(["--dataset=mine", "--input=my text.txt"])
+    assert not Path("data/mine/meta.json").exists()
+    subprocess.run(re.search(r"iconv .*", str(error.value))[0], shell=True, check=True)
+    prepare.main(["--dataset=mine", "--input=utf8.txt"])
+    assert decoded("mine") == text
+
+
+@pytest.mark.parametrize(("compress", "program"), [(gzip.compress, "gunzip"), (bz2.compress, "bunzip2")])
+def test_a_compressed_text_is_refused_with_the_command_that_opens_it(folder, compress, program):
+    (folder / "my.gz").write_bytes(compress(b"To be, or not to be. " * 500))
+    with pytest.raises(UserError, match=rf"^my.gz is not UTF-8 text: .*; it seems to be compressed: {program} my.gz$"):
+        prepare.main(["--dataset=mine", "--input=my.gz"])
+
+
+def test_a_few_nul_characters_are_text(folder):
+    (folder / "my.txt").write_bytes(b"to be\0" + b"or not to be. \0" * 90)
+    prepare.main(["--dataset=mine", "--input=my.txt"])
+    assert decoded("mine").startswith("to be\0or")
+
+
+@pytest.mark.parametrize("at", [7, 299, 905, 2995])
+@pytest.mark.parametrize(("char", "shown"), [("#", "'#'"), ("\u0301", "U\\+0301"), ("\u200b", "U\\+200B")])
+def test_the_position_of_a_foreign_character_is_that_in_the_whole_text(folder, monkeypatch, at, char, shown):
+    """In any piece, before and after the split; after a byte order mark, which is no character."""
+    text = "abc de " * 430
+    (folder / "plain.txt").write_text(text)
+    prepare.main(["--dataset=plain", "--input=plain.txt"])
+    monkeypatch.setattr(prepare, "PIECE", 300)
+    (folder / "my.txt").write_text("\ufeff" + text[:at] + char + text[at:], encoding="utf-8")
+    with pytest.raises(UserError, match=rf"character {shown} at position {at} is not in the vocabulary"):
+        prepare.main(["--dataset=mine", "--input=my.txt", "--tokenizer=data/plain/meta.json"])
+
+
+def test_a_folder_is_its_texts_in_the_order_of_their_names(folder):
+    Path("texts").mkdir()
+    for name, text in (("b.txt", "second " * 300), ("a.txt", "\ufefffirst " * 300), ("c.md", "no text")):
+        Path("texts", name).write_text(text, encoding="utf-8")
+    prepare.main(["--dataset=mine", "--input=texts"])
+    assert decoded("mine") == "first " + "\ufefffirst " * 299 + "\n" + "second " * 300
+    assert json.loads(Path("data/mine/meta.json").read_text())["source"] == "texts"
+    Path("texts", "b.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"^texts/b.txt is not UTF-8 text: byte 0 "):
+        prepare.main(["--dataset=mine", "--input=texts"])
+    for name in ("a.txt", "b.txt"):
+        Path("texts", name).unlink()
+    with pytest.raises(ConfigError, match=r"^--input: there is no .txt file in texts$"):
+        prepare.main(["--dataset=mine", "--input=texts"])
+
+
+def test_between_the_texts_of_a_folder_gpt2_has_its_end_token(folder, monkeypatch):
+    Path("learn.txt").write_text("one two three " * 500)
+    library = prepare.learned_bpe(Path("learn.txt"), 280).library
+    library.add_special_tokens(["<|endoftext|>"])
+    monkeypatch.setattr("tokenizers.Tokenizer.from_pretrained", lambda name: library)
+    monkeypatch.setattr(prepare, "quiet_hub", lambda needed: None)
+    Path("texts").mkdir()
+    for name in "abc":
+        Path("texts", f"{name}.txt").write_text("one two three " * 100)
+    prepare.main(["--dataset=mine", "--input=texts", "--tokenizer=gpt2"])
+    ids = np.concatenate([np.fromfile(f"data/mine/{split}.bin", "<u2") for split in ("train", "val")])
+    assert (ids == library.token_to_id("<|endoftext|>")).sum() == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_read_once_and_kept(folder):
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_text("To be, or not to be. " * 500))
+    writer.start()
+    prepare.main(["--dataset=mine", "--input=pipe"])
+    writer.join()
+    assert decoded("mine") == Path("data/mine/input.txt").read_text() == "To be, or not to be. " * 500
+
+
+def test_a_link_to_nowhere_is_named(folder):
+    Path("data").mkdir()
+    Path("data/mine").symlink_to("gone")
+    with pytest.raises(ConfigError, match=r"^data/mine is a link to gone, which does not exist$"):
+        prepare.prepared("mine")
+
+
 def test_a_text_that_ends_inside_a_character_is_refused(folder):
     (folder / "my.txt").write_bytes("Grüße ❤".encode()[:-1])
     with pytest.raises(UserError, match="is not UTF-8 text: byte 8 is 0xe2"):
@@ -506,7 +597,7 @@ def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
     [
         (["--dataset=mine"], "there is no data/mine/input.txt: python prepare.py --dataset=mine --input=FILE"),
         (["--input=nowhere.txt"], "--input: there is no file nowhere.txt"),
-        (["--input=data"], "--input: there is no file data"),
+        (["--input=data"], "--input: there is no .txt file in data"),
         (["--dataset=../up"], "dataset must be a plain folder name"),
         (["--dataset=/tmp"], "dataset must be a plain folder name"),
         (["--dataset=.."], "dataset must be a plain folder name"),

@@ -118,6 +118,14 @@ def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):
     train_here(dataset="mine", max_iters=1)
     capsys.readouterr()
     assert say(capsys, r"--start=the\nking").startswith("the\nking")
+    for typed, meant in (
+        (r"\n", "\n"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        (r"\t \d", r"\t \d"),
+        (r"\\alpha", r"\alpha"),
+    ):
+        assert [*sample.prompt(typed, CharTokenizer("\n \\adhlnpt"))[0]] == [*map("\n \\adhlnpt".index, meant)]
     Path("prompt.txt").write_text(r"the\nking")  # a file has line breaks of its own
     with pytest.raises(ConfigError, match=r"^--start: character '\\\\' at position 3 is not in the vocabulary$"):
         sample.main(["--start=FILE:prompt.txt"])
@@ -165,8 +173,10 @@ def test_samples_go_past_the_context(dataset, capsys, model):
         (["--start=FILE:nowhere"], "--start: [Errno 2] No such file or directory: 'nowhere'"),
         (
             ["--start=FILE:noise"],
-            "--start: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+            "--start: noise is not UTF-8 text: byte 0 is 0xff; convert it from its encoding, for instance: "
+            "iconv -f WINDOWS-1252 -t UTF-8 noise > utf8.txt",
         ),
+        (["--start=FILE:~/p.txt"], "--start: Could not determine home directory."),
         (["--out_dir=nowhere"], "there is no checkpoint in nowhere; there is one in out"),
         (["--save_pretrained="], "save_pretrained is empty: it must name a folder"),
         (
@@ -182,8 +192,9 @@ def test_samples_go_past_the_context(dataset, capsys, model):
         (["--temprature=1"], "unknown key --temprature, did you mean --temperature?"),
     ],
 )
-def test_mistakes(trained, arguments, message):
+def test_mistakes(trained, arguments, message, monkeypatch):
     (trained / "noise").write_bytes(b"\xff")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home
     with pytest.raises(ConfigError) as error:
         sample.main(arguments)
     assert str(error.value) == message

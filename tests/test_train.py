@@ -979,7 +979,9 @@ def test_the_console_and_the_log_show_the_same_run(dataset, capsys, always_due):
     lines = captured.out.splitlines() + captured.err.splitlines()
     number = r"\d+\.\d+"
     assert sum(bool(re.fullmatch(rf"step \d+: train loss {number}, val loss {number}", line)) for line in lines) == 3
-    progress = rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:00:00"
+    progress = (
+        rf"step \d+/20 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:\d\d:\d\d"
+    )
     assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 20
     for split in ("train", "val"):
         assert f"evaluating data/shakespeare_char/{split}.bin: 0%" in lines
@@ -1305,7 +1307,7 @@ def test_every_process_takes_a_gpu_of_its_own(machine, monkeypatch, name, enviro
     monkeypatch.setattr(
         "torch.distributed.init_process_group", lambda backend, device_id: joined.append((backend, device_id))
     )
-    for variable, value in environment.items():
+    for variable, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | environment).items():
         monkeypatch.setenv(variable, value)
     process = train.join_processes(config(device=name, dtype="auto"))
     assert chosen == [process.device.index] == [index]
@@ -1382,6 +1384,32 @@ def test_mistakes_are_named_before_anything_is_done(dataset, arguments, message,
         train.main(arguments)
     assert str(error.value) == message
     assert not (dataset.parent.parent / "out").exists()
+
+
+@pytest.mark.parametrize(("warmup_iters", "said"), [(19, False), (20, True), (100, True)])
+def test_a_warm_up_that_never_ends_is_said_and_the_run_goes_on(dataset, capsys, warmup_iters, said):
+    train_here(warmup_iters=warmup_iters)
+    line = f"warmup_iters ({warmup_iters}) is not below max_iters (20): the learning rate never reaches its peak\n"
+    assert (line in capsys.readouterr().out) == said
+    assert checkpoint()["step"] == 20
+
+
+def test_a_hint_can_be_pasted_though_the_path_has_a_space(dataset, capsys):
+    train_here(out_dir="out/my run")
+    hint = re.search(r"try python (.*)\n$", capsys.readouterr().out)[1]
+    sample.main([*shlex.split(hint)[1:], "--max_new_tokens=1"])
+    Path("out/my run/ckpt.pt").unlink()
+    with pytest.raises(ConfigError, match=r"start from it with --init_from='out/my run/best.pt' and"):
+        train_here(out_dir="out/my run")
+
+
+def test_progress_in_a_notebook_is_one_line_that_is_rewritten(dataset, capsys, always_due, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    train_here(log_interval=1)
+    out, errors = capsys.readouterr()
+    assert "\n" not in errors
+    assert "\033[Kstep 2/20 |" in errors
+    assert out.count("\n") < 10
 
 
 def test_an_out_dir_that_is_a_file_is_one_line_and_status_1(dataset):
