@@ -3,6 +3,7 @@
 import http.server
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SHAKESPEARE, command, losses, tiny
+from conftest import REPOSITORY, SHAKESPEARE, checkpoint, command, losses, tiny, train_here
 
 import sample
 import train
@@ -34,6 +35,26 @@ def test_the_lines_of_the_readme_draw_the_curve(dataset):
     [lines] = re.findall(r"^```python\n(import pandas\n.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
     subprocess.run([sys.executable, "-c", lines], check=True)
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neither_home_nor_stdin_nor_assertions_are_needed_and_other_modules_do_not_disturb(dataset):
+    """-O leaves assertions out; the user has a module that is called as one of ours."""
+    Path("own").mkdir()
+    Path("own/config.py").write_text("raise SystemExit('the wrong one')")
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"PYTHONPATH": "own"}
+    for program, *arguments in (("train.py", *tiny(max_iters=2)), ("sample.py", "--max_new_tokens=5")):
+        argv = shlex.join([sys.executable, "-O", str(REPOSITORY / program), *arguments])
+        ended = subprocess.run(f"{argv} <&-", shell=True, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_a_checkpoint_from_windows_samples(dataset, capsys):
+    train_here(max_iters=1)
+    content = checkpoint("out/best.pt")
+    content["config"] |= {"out_dir": "C:\\out\\my run", "init_from": "C:\\gpt2"}
+    torch.save(content, "out/best.pt")
+    sample.main(["--max_new_tokens=5", "--start=the"])
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def rungs():

@@ -105,6 +105,22 @@ def test_a_batch_depends_on_seed_and_step_alone(dataset):
     assert not torch.equal(batch(data, 1, 0, config(seed=1), ALONE)[0], batch(data, 0, 0, config(seed=2), ALONE)[0])
 
 
+def test_every_start_of_the_text_is_drawn_from_the_first_to_the_last(dataset):
+    np.arange(50, dtype="<u2").tofile(dataset / "train.bin")
+    data = Tokens("shakespeare_char", "train", {"vocab_size": 50}, 16)
+    drawn = torch.cat([batch(data, step, 0, config(), ALONE)[0][:, 0] for step in range(200)])
+    assert set(drawn.tolist()) == set(range(50 - 16))
+
+
+@pytest.mark.parametrize("shares", [2, 3, 6])
+def test_the_step_of_a_divided_batch_is_that_of_the_whole(dataset, shares):
+    for n in (1, shares):
+        settings = {"batch_size": 6, "dropout": 0.0, "max_iters": 1, "learning_rate": 1e-4, "min_lr": 0}
+        train_here(**settings, gradient_accumulation_steps=n, optimizer="muon", warmup_iters=0, out_dir=f"out/{n}")
+    whole, divided = (checkpoint(f"out/{n}/ckpt.pt")["model"] for n in (1, shares))
+    torch.testing.assert_close(divided, whole, rtol=0, atol=2e-6)
+
+
 def test_targets_are_the_inputs_shifted_by_one_and_come_from_the_split(dataset):
     data = tokens()
     x, y = batch(data, 0, 0, config(), ALONE)
