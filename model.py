@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -343,14 +344,9 @@ class GPT(LanguageModel):
                 raise ValueError(f"{name_or_folder} is not like GPT-2: its {name} is {found!r}, not {expected[0]!r}")
         if theirs.n_inner not in (None, 4 * theirs.n_embd):
             raise ValueError(f"{name_or_folder} is not like GPT-2: its n_inner is {theirs.n_inner}, not 4 n_embd")
-        pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(
-            name_or_folder, output_loading_info=True, tie_word_embeddings=False
-        )
-        missing = set(report["missing_keys"])  # which transformers initializes at random
-        if missing - {"lm_head.weight"} or report["mismatched_keys"]:
+        pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
+        if report["missing_keys"] or report["mismatched_keys"]:  # which transformers initializes at random
             raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
-        if missing:
-            pretrained.lm_head.weight = pretrained.transformer.wte.weight
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
         model = cls(GPTConfig(*sizes, dropout))
         load_weights(model, transposed(pretrained.float().state_dict()))
@@ -363,7 +359,7 @@ class GPT(LanguageModel):
         Raises ValueError for a GPT with a part left out.
         """
         import transformers
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         config = self.config
         if not (config.feed_forward and config.residual and config.layer_norm):
@@ -378,10 +374,10 @@ class GPT(LanguageModel):
         theirs.config.architectures = ["GPT2LMHeadModel"]
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").unlink(missing_ok=True)
-        # Not save_file, whose files are for their owner alone.
-        (Path(folder) / "model.safetensors").write_bytes(save(theirs.transformer.state_dict(), {"format": "pt"}))
         generation = {"max_length": config.block_size, "pad_token_id": end, **ends}  # beyond it, there is no position
         transformers.GenerationConfig(**generation).save_pretrained(folder)
+        save_file(theirs.transformer.state_dict(), weights := Path(folder) / "model.safetensors", {"format": "pt"})
+        shutil.copymode(Path(folder) / "generation_config.json", weights)  # as the umask says, not for the owner alone
         theirs.config.save_pretrained(folder)
 
 

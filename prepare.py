@@ -50,7 +50,7 @@ WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
-    b"PK": "unzip",
+    b"PK\x03\x04": "unzip -p",
     b"BZh": "bunzip2",
     b"\xfd7zXZ": "unxz",
     b"\x28\xb5\x2f\xfd": "unzstd",
@@ -105,9 +105,12 @@ def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
         if (folder / "meta.json").exists() and not overwrite:
             return
         text, source = fetch(config, folder / "input.txt")
-        counts = count_characters(text)
-        tokenizer = make_tokenizer(config, text, counts)
-        facts = encode_file(tokenizer, text, config, int(counts.sum() * (1 - config.val_fraction)))
+        try:
+            counts = count_characters(text)
+            tokenizer = make_tokenizer(config, text, counts)
+            facts = encode_file(tokenizer, text, config, int(counts.sum() * (1 - config.val_fraction)))
+        finally:
+            (folder / "joined.txt").unlink(missing_ok=True)
         with replacing(folder / "meta.json") as file:
             file.write(json.dumps(tokenizer.facts | facts | {"source": source}, indent=1).encode())
     kind = "characters" if config.tokenizer == "char" else "tokens"
@@ -139,7 +142,7 @@ def dataset_folder(dataset: str) -> Path:
 def fetch(config: PrepareConfig, path: Path) -> tuple[Path, str]:
     """The file of the text, by default `path`, and where it came from; downloaded where needed."""
     if config.input:
-        return given_text(config, path), config.input
+        return given_text(config, path.with_name("joined.txt")), config.input
     source = config.url or str(path)
     if config.url:
         download(config.url, path)
@@ -247,14 +250,16 @@ def read_pieces(path: Path) -> Iterator[str]:
 def not_a_text(path: Path, found: str, head: bytes) -> UserError:
     """What `found` says against the file being UTF-8 text, and what its first bytes tell of what it is."""
     advice = "convert it from its encoding, for instance: iconv -f WINDOWS-1252"
-    zeros = [head[i::4].count(0) > len(head) // 8 for i in range(4)]  # mostly, at each place of four bytes
+    zeros = [head[i::4].count(0) > len(head) // 64 for i in range(4)]  # often, at each place of four bytes
     if any(zeros) or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         little = zeros[3] if any(zeros) else head.startswith(codecs.BOM_UTF16_LE)
-        advice = f"convert it: iconv -f UTF-{32 if sum(zeros) == 3 else 16}{'LE' if little else 'BE'}"
+        wide = (zeros[0] and zeros[1]) or (zeros[2] and zeros[3])
+        advice = f"convert it: iconv -f UTF-{32 if wide else 16}{'LE' if little else 'BE'}"
     advice += f" -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
     for magic, program in COMPRESSED.items():
         if head.startswith(magic):
-            advice = f"it seems to be compressed: {program} {shlex.quote(str(path))}"
+            way = "" if program.startswith("unzip") else "< "  # the others look at the name
+            advice = f"it seems to be compressed: {program} {way}{shlex.quote(str(path))} > text.txt"
     return UserError(f"{path} is not UTF-8 text: {found}; {advice}")
 
 
@@ -265,7 +270,7 @@ def count_characters(path: Path) -> np.ndarray:
         head = head or piece
         found = np.bincount(code_points(piece))
         counts[: len(found)] += found
-    if counts[0] > max(100, counts.sum() / 10):  # UTF-16 of English is valid UTF-8, every second character of it NUL
+    if counts[0] > max(100, counts.sum() / 50):  # UTF-16 of English is valid UTF-8, every second character of it NUL
         raise not_a_text(path, f"{counts[0]:,} of its {counts.sum():,} characters are NUL", head.encode())
     if not counts.any():
         raise UserError(f"{path} is empty: there is nothing to learn from")
@@ -449,10 +454,11 @@ def make_tokenizer(config: PrepareConfig, text: Path, counts: np.ndarray) -> Tok
 def tokenizer_facts(path: Path) -> dict:
     """What a tokenizer.json, its folder or another dataset's meta.json says. Raises ConfigError where there is none."""
     if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():  # an older format
+        quiet_hub(needed=False)
         import transformers
 
-        library = transformers.AutoTokenizer.from_pretrained(path).backend_tokenizer
-        return {"tokenizer": str(path), "json": library.to_str()}
+        theirs = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return {"tokenizer": str(path), "json": theirs.backend_tokenizer.to_str()}
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         ways = "char, bpe, gpt2, a tokenizer.json, its folder or a meta.json"

@@ -41,7 +41,7 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-STEP = ("optimizer", "learning_rate", "min_lr", "weight_decay")  # chosen together
+RATES = {"learning_rate", "min_lr", "weight_decay"}  # chosen for an optimizer
 TEXT_FACTS = ("sha256", "train_tokens")  # of meta.json and a checkpoint: which text, and where it is split
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
@@ -113,7 +113,8 @@ class TrainConfig:
         "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"
     )
     compile: Literal["auto"] | bool = key(
-        "auto", "torch.compile the model; auto: on cuda, for runs long enough to pay for it; else CUDA graphs there"
+        "auto",
+        "torch.compile the model; auto: on cuda, for runs long enough; for shorter ones of one process, CUDA graphs",
     )
     deterministic: bool = key(False, "repeat a run bit for bit on cuda, too; slower")
     tensorboard: bool = key(False, "also write curves and samples for TensorBoard to out_dir")
@@ -430,9 +431,9 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     show(f"{n_parameters / 1e6:.2f}M parameters on {process}")
-    if config.warmup_iters >= config.max_iters:
+    if config.warmup_iters >= config.max_iters and not config.eval_only:
         numbers = f"warmup_iters ({config.warmup_iters}) is not below max_iters ({config.max_iters})"
-        show(f"{numbers}: the learning rate never reaches its peak")
+        show(f"{numbers}: the learning rate rises until the end and never decays")
     if state.step >= config.max_iters and not config.eval_only:
         show(f"max_iters ({config.max_iters}) is reached: raise it, or take another --out_dir")
     return state
@@ -448,23 +449,21 @@ def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
     if path.exists():
         return path
     if best.exists():
-        ways = (
-            f"start from it with {typed('init_from', best)} and another --out_dir, or --init_from=scratch overwrites it"
-        )
-        raise ConfigError(f"there is {best} but no {path}: {ways}")
+        start = f"start from it with {typed('init_from', best)} and another --out_dir"
+        raise ConfigError(f"there is {best} but no {path}: {start}, or overwrite it with --init_from=scratch")
     if config.init_from == "resume":
         raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
     return None if config.init_from in STARTS else config.init_from
 
 
 def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
-    """Put the shape of the weights into `config`; when resuming, also init_from.
+    """Put the shape of the weights into `config`; when resuming, also init_from, the optimizer and what belongs to it.
 
     Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
     """
     resuming = source == config.path("ckpt.pt")
     adopted = (*SHAPE, "optimizer", "init_from") if resuming else SHAPE
-    asked = config.given - ({"init_from"} if config.init_from in STARTS else set()) | {"optimizer"}
+    asked = config.given - ({"init_from"} if config.init_from in STARTS else set())
     found = {**checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
     found |= {"model": type(model).__name__.lower()} | {name: checkpoint.get(name) for name in TEXT_FACTS if resuming}
     wanted = {name: getattr(config, name) for name in adopted if name in asked}
@@ -476,12 +475,14 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
         if "init_from" in different:
             advice = "; use another --out_dir, or leave out --init_from to resume this run"
         elif different.keys() == {"optimizer"}:
-            own = (name for name in STEP if found[name] != getattr(config, name))
-            advice = f"; use another --out_dir, or resume it with {' '.join(f'--{name}={found[name]}' for name in own)}"
+            advice = "; use another --out_dir, or leave out --optimizer to resume this run"
         elif different.keys() <= {*TEXT_FACTS}:
             advice = f"; use another --out_dir, where {typed('init_from', source)} fine-tunes these weights"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
         raise ConfigError(f"{source} holds {what}{advice}")
+    if resuming:  # one optimizer's values are not another's
+        for name in RATES - config.given:
+            setattr(config, name, float(found[name]))
     for name in adopted:
         setattr(config, name, found[name])
 
@@ -513,18 +514,19 @@ class Optimizer:
             alike[by_muon, p.shape if by_muon else p.dim() == 2].append(p)
         self.param_groups = []
         for (by_muon, _), params in alike.items():
-            decay = config.weight_decay if params[0].dim() == 2 else 0.0
             if by_muon:  # the means of the gradients (n, rows, columns)
-                step, moments = self.muon, [torch.zeros_like(torch.stack(params))]
+                moments = [torch.zeros_like(torch.stack(params))]
             else:  # numbers of steps (n,), then the means of the gradients and those of their squares
                 steps = torch.zeros(len(params), device=params[0].device)
-                step, moments = self.adamw, [steps, *(torch.zeros_like(p) for p in params * 2)]
-            self.param_groups.append({"params": params, "step": step, "moments": moments, "weight_decay": decay})
+                moments = [steps, *(torch.zeros_like(p) for p in params * 2)]
+            decay = config.weight_decay if params[0].dim() == 2 else 0.0
+            self.param_groups.append({"params": params, "moments": moments, "weight_decay": decay, "by_muon": by_muon})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            group["step"](group["params"], group["moments"], group["weight_decay"])
+            step = self.muon if group["by_muon"] else self.adamw
+            step(group["params"], group["moments"], group["weight_decay"])
 
     def adamw(self, params: list[Tensor], moments: list[Tensor], weight_decay: float) -> None:
         (steps, *means), n = moments, len(params)
@@ -576,7 +578,10 @@ class Process:
     dtype: torch.dtype
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018)."""
+        """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018).
+
+        Without its cache, which CUDA graphs refuse: no weight is cast twice in a pass.
+        """
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
 
     def all_reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -672,8 +677,9 @@ def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Pr
 
 
 def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
-    """Forward and backward pass as CUDA graphs: the CPU launches each at once, not 300 kernels that are shorter than
-    their launches. For one micro-batch a step: the gradients are where the next replay writes.
+    """Forward and backward pass as CUDA graphs, each launched at once: 300 kernels take longer to launch than to run.
+
+    For one micro-batch a step: the gradients are where the next replay writes.
     """
 
     class Loss(nn.Module):

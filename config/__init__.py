@@ -298,12 +298,12 @@ def say(error: UserError | OSError, alone: bool = False) -> int:
 
 def rank_and_size() -> tuple[int, int]:
     """Which process this is, and of how many, as torchrun says it in the environment. Raises ConfigError."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    rank, world_size, *master = found = [os.environ.get(name) for name in names]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    rank, world_size, *others = found = [os.environ.get(name) for name in names]
     if rank is world_size is None:
         return 0, 1
     numbers = str(rank).isdecimal() and str(world_size).isdecimal() and int(rank) < int(world_size)
-    if not numbers or not (all(master) or world_size == "1"):
+    if not numbers or not (all(others) or world_size == "1"):
         known = " ".join(f"{name}={value}" for name, value in zip(names, found, strict=True) if value is not None)
         raise ConfigError(
             f"{known} in the environment: start with torchrun, which sets {', '.join(names)}, or unset them"
@@ -329,7 +329,7 @@ def show(text: str) -> None:
 
 
 class Progress:
-    """Progress of process 0 on stderr: where a line can be rewritten, one, at most twice a second; else one in 5 s."""
+    """Progress of process 0 on stderr: one line, rewritten twice a second at most; a line in 5 s where that fails."""
 
     def __init__(self):
         self.shown = -math.inf  # when the last one was
@@ -351,7 +351,7 @@ progress = Progress()
 
 def rewritable(stream: TextIO) -> bool:
     """Whether what is printed there can be rewritten: in a terminal and in a notebook, whose streams may be any."""
-    return "ipykernel" in sys.modules or getattr(stream, "isatty", bool)()
+    return "ipykernel" in sys.modules or (hasattr(stream, "isatty") and stream.isatty())
 
 
 def put(text: str, stream: TextIO) -> None:

@@ -205,8 +205,9 @@ def test_out_of_memory_is_one_line_and_status_1(folder):
     "environment",
     [
         {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0"},
-        {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
-        {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
@@ -214,7 +215,7 @@ def test_half_an_environment_of_torchrun_is_one_line(folder, program, environmen
     ended = command(program, "--device=cpu", env=os.environ | environment)
     assert ended.returncode == 2
     said = " ".join(f"{name}={value}" for name, value in environment.items())
-    names = "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+    names = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
     assert (
         ended.stderr
         == f"{program}: {said} in the environment: start with torchrun, which sets {names}, or unset them\n"

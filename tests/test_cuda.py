@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, command, losses, tiny
+from conftest import REPOSITORY, checkpoint, command, losses, same, tiny
 
 import sample
 import train
@@ -26,6 +26,7 @@ RUNS = {
     "float32": on_gpu(dtype="float32"),
     "accumulation": on_gpu(gradient_accumulation_steps=4),
     "bigram": on_gpu(model="bigram"),
+    "muon": on_gpu(optimizer="muon"),
     "no clipping": on_gpu(grad_clip=0),
     "resumed": on_gpu(out_dir="cpu"),
     "124M": on_gpu(dataset="gpt2", max_iters=1, eval_iters=1, **GPT2),
@@ -90,7 +91,7 @@ def test_gpt2_small_with_12_sequences_of_1024_takes_less_than_12_gb(found):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, "auto", True])
 def test_a_real_gpu_learns_resumes_and_samples(dataset, capsys, dtype, compiled):
     for max_iters in (20, 40):
         train.main(on_gpu(dtype=dtype, compile=compiled, max_iters=max_iters, eval_interval=20)[1:])
@@ -98,3 +99,12 @@ def test_a_real_gpu_learns_resumes_and_samples(dataset, capsys, dtype, compiled)
     assert found[40][1] < found[20][1] < found[0][1] - 0.1
     sample.main(["--max_new_tokens=40", "--start=the king"])
     assert len(capsys.readouterr().out) == len("the king") + 40 + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_run_ends_at_the_bits_of_an_unrecorded_one(dataset):
+    for compiled in ("auto", False):
+        settings = {"compile": compiled, "out_dir": f"out/{compiled}", "optimizer": "muon", "deterministic": True}
+        command("train.py", *on_gpu(**settings, max_iters=50)[1:])
+    auto, plain = (checkpoint(f"out/{compiled}/ckpt.pt")["model"] for compiled in ("auto", False))
+    assert same(auto, plain)

@@ -54,7 +54,13 @@ def test_a_checkpoint_from_windows_samples(dataset, capsys):
     content["config"] |= {"out_dir": "C:\\out\\my run", "init_from": "C:\\gpt2"}
     torch.save(content, "out/best.pt")
     sample.main(["--max_new_tokens=5", "--start=the"])
-    assert capsys.readouterr().out.endswith("\n")
+    torch.save(checkpoint() | {"config": content["config"]}, "out/ckpt.pt")
+    capsys.readouterr()
+    train_here(max_iters=2)
+    assert (
+        "resuming from out/ckpt.pt at step 1; changed since: out_dir 'C:\\\\out\\\\my run' -> 'out'"
+        in capsys.readouterr().out
+    )
 
 
 def rungs():

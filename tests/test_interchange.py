@@ -368,6 +368,18 @@ def test_a_tokenizer_in_gpt2s_older_format_is_read(with_end):
     assert with_end == tokenizer.end
 
 
+def test_an_older_tokenizer_runs_no_code_of_its_folder(with_end):
+    Path("gpt2/tokenizer.json").rename("gpt2/vocab.json")
+    Path("gpt2/merges.txt").touch()
+    facts = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    Path("gpt2/tokenizer_config.json").write_text(json.dumps(facts))
+    Path("gpt2/theirs.py").write_text("open('ran', 'w')")
+    program = [sys.executable, str(REPOSITORY / "sample.py"), "--init_from=gpt2"]
+    ended = subprocess.run(program, input="yes\n" * 9, capture_output=True, text=True)
+    assert not Path("ran").exists()
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+
+
 def test_a_padded_vocabulary_is_refused_with_the_reason(with_end):
     gpt2(**SHAPES[0] | {"vocab_size": 320}).save_pretrained("gpt2")
     with pytest.raises(
@@ -443,8 +455,8 @@ def test_an_export_that_is_killed_leaves_nothing_beside_its_folder_and_is_not_ta
     before = sorted(os.listdir())
     killed = """if True:
         import os, signal, safetensors.torch, sample
-        original = safetensors.torch.save
-        safetensors.torch.save = lambda *given: (original(*given), os.kill(os.getpid(), signal.SIGKILL))
+        original = safetensors.torch.save_file
+        safetensors.torch.save_file = lambda *given: (original(*given), os.kill(os.getpid(), signal.SIGKILL))
         sample.main(["--save_pretrained=hf"])
     """
     argv = [sys.executable, "-c", killed]

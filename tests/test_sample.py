@@ -176,7 +176,6 @@ def test_samples_go_past_the_context(dataset, capsys, model):
             "--start: noise is not UTF-8 text: byte 0 is 0xff; convert it from its encoding, for instance: "
             "iconv -f WINDOWS-1252 -t UTF-8 noise > utf8.txt",
         ),
-        (["--start=FILE:~/p.txt"], "--start: Could not determine home directory."),
         (["--out_dir=nowhere"], "there is no checkpoint in nowhere; there is one in out"),
         (["--save_pretrained="], "save_pretrained is empty: it must name a folder"),
         (
@@ -192,9 +191,8 @@ def test_samples_go_past_the_context(dataset, capsys, model):
         (["--temprature=1"], "unknown key --temprature, did you mean --temperature?"),
     ],
 )
-def test_mistakes(trained, arguments, message, monkeypatch):
+def test_mistakes(trained, arguments, message):
     (trained / "noise").write_bytes(b"\xff")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home
     with pytest.raises(ConfigError) as error:
         sample.main(arguments)
     assert str(error.value) == message
@@ -265,3 +263,12 @@ def test_any_character_can_be_printed_and_a_closed_pipe_is_quiet(folder):
         running.stdout.close()
         assert running.stderr.read() == b"out/best.pt, step 1\n"
         assert running.wait(60) == 141
+
+
+def test_a_prompt_in_a_home_that_is_unknown_is_one_line(trained, monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(ConfigError, match=r"^--start: Could not determine home directory\.$"):
+        sample.main(["--start=FILE:~/p.txt"])
