@@ -41,7 +41,7 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-RATES = {"learning_rate", "min_lr", "weight_decay"}  # chosen for an optimizer
+RATES = {"learning_rate", "min_lr", "weight_decay"}  # chosen for an optimizer, so that they stay with it
 TEXT_FACTS = ("sha256", "train_tokens")  # of meta.json and a checkpoint: which text, and where it is split
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
@@ -472,19 +472,14 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
     }
     if different := changes(found, wanted):
         advice = "; use another --out_dir, or overwrite this run with --init_from=scratch" if resuming else ""
-        if "init_from" in different:
-            advice = "; use another --out_dir, or leave out --init_from to resume this run"
-        elif different.keys() == {"optimizer"}:
-            advice = "; use another --out_dir, or leave out --optimizer to resume this run"
+        if different.keys() <= {"init_from", "optimizer"}:
+            advice = f"; use another --out_dir, or leave out --{' and --'.join(different)} to resume this run"
         elif different.keys() <= {*TEXT_FACTS}:
             advice = f"; use another --out_dir, where {typed('init_from', source)} fine-tunes these weights"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
         raise ConfigError(f"{source} holds {what}{advice}")
-    if resuming:  # one optimizer's values are not another's
-        for name in RATES - config.given:
-            setattr(config, name, float(found[name]))
-    for name in adopted:
-        setattr(config, name, found[name])
+    for name in (*adopted, *(RATES - config.given if resuming else ())):
+        setattr(config, name, type(getattr(config, name))(found[name]))
 
 
 def changes(old: dict, new: dict) -> dict[str, str]:

@@ -338,6 +338,9 @@ def test_a_run_keeps_its_optimizer_and_its_rate(dataset, capsys, monkeypatch):
     train_here(optimizer="adamw", learning_rate=1e-3, max_iters=16)  # what is given counts
     expected = learning_rate(15, config(max_iters=16, learning_rate=1e-3, min_lr=1e-4))
     assert float(rows()[-1]["lr"]) == pytest.approx(expected, rel=1e-6)
+    torch.save(checkpoint() | {"config": checkpoint()["config"] | {"weight_decay": "x"}}, "out/ckpt.pt")
+    with pytest.raises(UserError, match=r"^out/ckpt.pt is not a usable checkpoint \(ValueError: could not convert"):
+        train_here(max_iters=18)
 
 
 def test_the_bigram_table_trains_with_muon_too(dataset):
