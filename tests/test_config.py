@@ -251,26 +251,20 @@ NOTEBOOK = """if True:
         except SystemExit as end:
             print(end.code or 0, file=shell[0])
     sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-    if in_thread:
-        thread = threading.Thread(target=main)
-        thread.start()
-        thread.join()
-    else:
-        main()
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
     sys.stdout, sys.stderr = shell
     print(*(stream.text for stream in streams))
 """
 
 
-@pytest.mark.parametrize("in_thread", [True, False])
-def test_the_programs_run_in_a_notebook(dataset, in_thread):
+def test_the_programs_run_in_a_notebook(dataset):
     """Whose streams may be any object with write and flush, and whose cells may run in any thread."""
     runs = ("prepare.py",), ("train.py", *tiny(max_iters=2)), ("sample.py",), ("sample.py", "--top_k=0")
     for program, *arguments in runs:
-        code = f"in_thread = {in_thread}\n{NOTEBOOK}"
-        ended = subprocess.run(
-            [sys.executable, "-c", code, str(REPOSITORY / program), *arguments], capture_output=True, text=True
-        )
+        argv = [sys.executable, "-c", NOTEBOOK, str(REPOSITORY / program), *arguments]
+        ended = subprocess.run(argv, capture_output=True, text=True)
         assert ended.stderr == ""
         assert ended.stdout[0] == ("2" if "--top_k=0" in arguments else "0"), ended.stdout
 
