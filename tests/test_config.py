@@ -249,7 +249,7 @@ NOTEBOOK = """if True:
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as end:
-            print(end.code or 0, file=shell[0])
+            print("status", end.code or 0, file=shell[0])
     sys.path.insert(0, sys.argv[0].rpartition("/")[0])
     thread = threading.Thread(target=main)
     thread.start()
@@ -266,7 +266,7 @@ def test_the_programs_run_in_a_notebook(dataset):
         argv = [sys.executable, "-c", NOTEBOOK, str(REPOSITORY / program), *arguments]
         ended = subprocess.run(argv, capture_output=True, text=True)
         assert ended.stderr == ""
-        assert ended.stdout[0] == ("2" if "--top_k=0" in arguments else "0"), ended.stdout
+        assert ended.stdout.startswith("status 2" if "--top_k=0" in arguments else "status 0"), ended.stdout
 
 
 def test_every_recipe_is_read_and_writes_to_a_folder_of_its_own(monkeypatch):

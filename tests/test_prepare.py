@@ -398,6 +398,9 @@ def test_a_folder_is_its_texts_in_the_order_of_their_names(folder):
     Path("texts", "b.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"^texts/b.txt is not UTF-8 text: byte 0 "):
         prepare.main(["--dataset=mine", "--input=texts"])
+    Path("texts", "b.txt").write_text("# is no character of it " * 300)
+    with pytest.raises(UserError, match=r"character '#' at position 2100 is not in the vocabulary"):
+        prepare.main(["--dataset=mine", "--input=texts", "--tokenizer=data/mine/meta.json"])
     assert Path("data/mine/input.txt").read_text(encoding="utf-8") == decoded("mine")  # still that of the dataset
     assert {path.name for path in Path("data/mine").iterdir()} == {
         "input.txt", "train.bin", "val.bin", "meta.json", "lock"
