@@ -168,9 +168,10 @@ def given_text(config: PrepareConfig, path: Path) -> Path:
     given = Path(config.input)
     if given.is_file():
         return given
-    texts = sorted(given.glob("*.txt")) if given.is_dir() else [given]
+    texts = sorted(path for path in given.iterdir() if path.suffix.lower() == ".txt") if given.is_dir() else [given]
     if not given.exists() or not texts:
         raise ConfigError(f"--input: there is no {'.txt file in' if given.exists() else 'file'} {given}")
+    print(f"reading {', '.join(map(str, texts))}")
     with replacing(path) as file:
         for text in texts:
             if text != texts[0]:

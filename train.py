@@ -41,7 +41,7 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-RATES = {"learning_rate", "min_lr", "weight_decay"}  # chosen for an optimizer, so that they stay with it
+RATES = ("learning_rate", "min_lr", "weight_decay")  # chosen for an optimizer, so that they stay with it
 TEXT_FACTS = ("sha256", "train_tokens")  # of meta.json and a checkpoint: which text, and where it is split
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
@@ -467,18 +467,20 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
     found = {**checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
     found |= {"model": type(model).__name__.lower()} | {name: checkpoint.get(name) for name in TEXT_FACTS if resuming}
     wanted = {name: getattr(config, name) for name in adopted if name in asked}
-    wanted |= {
-        name: meta[name] for name in ("vocab_size", "chars", "json", *TEXT_FACTS) if name in meta and found.get(name)
-    }
+    facts = ("vocab_size", "chars", "json", *TEXT_FACTS)
+    wanted |= {name: meta[name] for name in facts if name in meta and found.get(name)}
     if different := changes(found, wanted):
         advice = "; use another --out_dir, or overwrite this run with --init_from=scratch" if resuming else ""
-        if different.keys() <= {"init_from", "optimizer"}:
-            advice = f"; use another --out_dir, or leave out --{' and --'.join(different)} to resume this run"
+        if different.keys() == {"init_from"}:
+            advice = "; use another --out_dir, or leave out --init_from to resume this run"
+        elif different.keys() == {"optimizer"}:
+            own = (typed(name, found[name]) for name in ("optimizer", *RATES) if found[name] != getattr(config, name))
+            advice = f"; use another --out_dir, or resume this run with {' '.join(own)}"
         elif different.keys() <= {*TEXT_FACTS}:
             advice = f"; use another --out_dir, where {typed('init_from', source)} fine-tunes these weights"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
         raise ConfigError(f"{source} holds {what}{advice}")
-    for name in (*adopted, *(RATES - config.given if resuming else ())):
+    for name in (*adopted, *(name for name in RATES if resuming and name not in config.given)):
         setattr(config, name, type(getattr(config, name))(found[name]))
 
 

@@ -332,9 +332,14 @@ def test_a_run_keeps_its_optimizer_and_its_rate(dataset, capsys, monkeypatch):
     assert "changed since: max_iters 10 -> 14\n" in capsys.readouterr().out
     assert same(checkpoint()["model"], checkpoint("other/ckpt.pt")["model"])
     assert {"optimizer": "adamw", "learning_rate": 2e-3}.items() <= checkpoint()["config"].items()
-    refused = r"\(optimizer 'adamw' -> 'muon'\); use another --out_dir, or leave out --optimizer to resume this run$"
-    with pytest.raises(ConfigError, match=refused):
-        train_here(optimizer="muon", max_iters=16)
+    Path("recipe.py").write_text("optimizer = 'muon'; learning_rate = 0.01; min_lr = 0.0")
+    refused = r"\(optimizer 'adamw' -> 'muon'\); use another --out_dir, or resume this run with (.*)$"
+    with pytest.raises(ConfigError, match=refused) as error:
+        train.main(["recipe.py", *tiny(max_iters=16)])
+    words = re.search(refused, str(error.value))[1].split()
+    assert words == ["--optimizer=adamw", "--learning_rate=0.002", "--min_lr=0.0001", "--weight_decay=0.2"]
+    train.main(["recipe.py", *tiny(max_iters=15), *words])
+    assert {"optimizer": "adamw", "learning_rate": 2e-3}.items() <= checkpoint()["config"].items()
     train_here(optimizer="adamw", learning_rate=1e-3, max_iters=16)  # what is given counts
     expected = learning_rate(15, config(max_iters=16, learning_rate=1e-3, min_lr=1e-4))
     assert float(rows()[-1]["lr"]) == pytest.approx(expected, rel=1e-6)
