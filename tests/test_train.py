@@ -570,6 +570,18 @@ def test_a_run_stopped_while_all_gradients_overflow_resumes(dataset, monkeypatch
     assert float(rows()[-1]["grad_norm"]) < 100
 
 
+def test_each_step_is_checked_once(dataset, monkeypatch):
+    found = []
+
+    def counted(pending, *rest, original=train.checked):
+        found.append(len(pending))
+        return original(pending, *rest)
+
+    monkeypatch.setattr(train, "checked", counted)
+    train_here()
+    assert sum(found) == 20
+
+
 def test_a_run_whose_gradients_never_become_finite_ends(dataset, monkeypatch):
     def overflowing(model, state, *rest, original=train.train_step):
         state.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
