@@ -48,13 +48,7 @@ LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
 # Texts are divided where a word ends, before a space: the tokens of the parts are those of the whole.
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
-COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"PK\x03\x04": "unzip -p",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-}
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip -p", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
 
