@@ -165,7 +165,7 @@ def given_text(config: PrepareConfig, path: Path) -> Path:
     texts = sorted(path for path in given.iterdir() if path.suffix.lower() == ".txt") if given.is_dir() else [given]
     if not given.exists() or not texts:
         raise ConfigError(f"--input: there is no {'.txt file in' if given.exists() else 'file'} {given}")
-    print(f"reading {', '.join(map(str, texts))}")
+    print(f"{given}: {len(texts)} .txt files" if given.is_dir() else f"{given}: read until it ends")
     with replacing(path) as file:
         for text in texts:
             if text != texts[0]:

@@ -391,8 +391,8 @@ class State:
             if shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
                 raise ValueError(f"its scaler is {short(scaler)}")
             self.scaler.load_state_dict(scaler)
-        for name in ("best_step", "best_tokens"):  # the second is newer than some checkpoints
-            if not isinstance(number := checkpoint.get(name), int | None):
+        for name in ("best_step", "best_tokens"):
+            if not isinstance(number := checkpoint[name], int | None):
                 raise ValueError(f"its {name} is {short(number)}")
             setattr(self, name, number)
         self.step, self.best_val_loss = step, checkpoint["best_val_loss"]
@@ -688,9 +688,8 @@ def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Cal
             return self.model(x, y, need_logits=False)[1]
 
     x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=process.device)
-    warnings.filterwarnings(
-        "ignore", "The AccumulateGrad node's stream"
-    )  # autograd makes one stream wait for the other
+    # It tells of a wait between streams that autograd arranges itself.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     with process.autocast():
         loss = torch.cuda.make_graphed_callables(Loss(), (x, x.clone()))
     return lambda x, y, need_logits: (None, loss(x, y))

@@ -435,11 +435,16 @@ def test_a_run_is_compiled_only_where_that_pays(monkeypatch, device, arguments, 
 
 def test_the_recorded_model_is_asked_for_the_loss_alone(monkeypatch):
     """CUDA graphs take tensors, and return tensors; here, in place of a recording, the model itself."""
-    monkeypatch.setattr("torch.cuda.make_graphed_callables", lambda module, sample: module)
+    cached = []
+    monkeypatch.setattr(
+        "torch.cuda.make_graphed_callables",
+        lambda module, sample: cached.append(torch.is_autocast_cache_enabled()) or module,
+    )
     settings = config(dropout=0.0)
     model = GPT(settings.model_config(65))
     x = torch.randint(65, (8, 16))
-    loss = train.recorded(model, settings, ALONE)(x, x, need_logits=False)
+    loss = train.recorded(model, settings, Process(0, 1, torch.device("cpu"), torch.bfloat16))(x, x, need_logits=False)
+    assert cached == [False]  # which CUDA graphs ask for
     assert loss[0] is None
     assert torch.equal(loss[1], model(x, x, need_logits=False)[1])
 
