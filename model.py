@@ -13,12 +13,14 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**28  # in memory at a time, where the loss is wanted without them: a gigabyte of float32
 TENSOR_CORES = ("cuda",)  # devices whose matrix products are fast at widths that are multiples of 64
@@ -185,7 +187,10 @@ class LanguageModel(nn.Module):
             return logits, None if targets is None else cross_entropy(logits, targets)
         rows = max(1, MAX_LOGITS // (idx.size(1) * self.config.vocab_size))
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
-        return None, sum(cross_entropy(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
+        # A chunk's logits are kept, in autocast's dtype; the backward pass computes their float32 softmax again.
+        settings = {"use_reentrant": False, "preserve_rng_state": False}
+        loss = partial(checkpoint, cross_entropy, **settings) if len(idx) > rows else cross_entropy
+        return None, sum(loss(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
 
     @torch.no_grad()
     def initialize(self):

@@ -209,6 +209,31 @@ def test_the_loss_without_logits_is_the_same_with_the_same_gradients(monkeypatch
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
 
 
+def test_of_a_divided_batch_no_float32_softmax_is_kept_and_the_bits_are_those_with_it(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    x, y = torch.randint(11, (2, 6, 16))
+
+    def gradients(sequences):
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda it: it)
+        monkeypatch.setattr("model.MAX_LOGITS", sequences * 16 * 11)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), hooks:
+            loss = model(x, y, need_logits=False)[1]
+        loss.backward()
+        softmaxes = [tensor for tensor in kept if tensor.shape[-1:] == (11,) and tensor.dtype == torch.float32]
+        return len(softmaxes), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    assert gradients(sequences=6)[0]  # an undivided batch is not computed twice
+    n_kept, recomputed = gradients(sequences=2)
+    assert n_kept == 0
+    monkeypatch.setattr("model.checkpoint", lambda function, *arguments, **_: function(*arguments))
+    n_kept, kept = gradients(sequences=2)
+    assert n_kept
+    assert torch.equal(recomputed, kept)
+
+
 @pytest.mark.parametrize("place", ["embeddings", "attention", "residual"])
 def test_dropout_acts_on_embeddings_attention_and_residual_branches(place, idx):
     torch.manual_seed(0)
