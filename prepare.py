@@ -6,6 +6,7 @@ Works in pieces, so that memory does not grow with the text; knows nothing of mo
     python prepare.py --dataset=mine --input=mine.txt     any UTF-8 text
     python prepare.py --dataset=stdlib_char               the source of Python's standard library: no network needed
     python prepare.py --dataset=mine --input=mine.txt --tokenizer=bpe --vocab_size=512     tokens, not characters
+    python prepare.py --dataset=fineweb --shards=10       a billion of GPT-2's tokens of web pages
 """
 
 import codecs
@@ -23,13 +24,14 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import ConfigError, UserError, explained, key, read, rewritable, run
+from config import ConfigError, UserError, explained, key, progress, read, rewritable, run, show
 
 try:
     import fcntl
@@ -49,6 +51,11 @@ LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip -p", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
+# FineWeb's sample of 10 billion tokens (Penedo et al., 2024; ODC-By 1.0), in GPT-2's tokens, on the Hugging Face hub:
+# shards of 100 million uint16, each after a header of 256 int32: this number, the version 1, how many tokens, zeros.
+FINEWEB, SHARDS, SHARD_MAGIC, SHARD_HEADER = "kjj0/fineweb10B-gpt2", 103, 20240520, 1024
+SHARD_BYTES = SHARD_HEADER + 2 * 100_000_000
+GPT2_FACTS = {"tokenizer": "gpt2", "vocab_size": 50257}
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
 
@@ -69,11 +76,19 @@ class PrepareConfig:
     vocab_size: int | None = key(
         None, "tokens that --tokenizer=bpe learns, each byte being one; None: 512", least=256, most=MAX_VOCAB_SIZE
     )
+    shards: int | None = key(
+        None, "of --dataset=fineweb, each of 100 million tokens and 200 MB; None: all", least=1, most=SHARDS
+    )
 
     def __post_init__(self):
         dataset_folder(self.dataset)
+        own = self.input or self.url or self.tokenizer not in ("auto", "gpt2")
+        if self.dataset == "fineweb" and (own or self.val_fraction != PrepareConfig.val_fraction):
+            raise ValueError("fineweb is ready made, in GPT-2's tokens: take another --dataset for a text of your own")
+        if self.shards and self.dataset != "fineweb":
+            raise ValueError(f"shards needs --dataset=fineweb, found --dataset={self.dataset}")
         if self.tokenizer == "auto":
-            self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
+            self.tokenizer = "gpt2" if self.dataset.endswith(("_gpt2", "fineweb")) else "char"
         if self.tokenizer not in ("char", "bpe", "gpt2"):
             with explained(f"--tokenizer={self.tokenizer} is not usable", kind=ConfigError):
                 tokenizer_facts(Path(self.tokenizer))
@@ -98,22 +113,16 @@ def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
     with locked(folder / "lock", wait=True):
         if (folder / "meta.json").exists() and not overwrite:
             return
-        text, source = fetch(config, folder / "input.txt")
-        try:
-            counts = count_characters(text)
-            tokenizer = make_tokenizer(config, text, counts)
-            facts = encode_file(tokenizer, text, config, int(counts.sum() * (1 - config.val_fraction)))
-        finally:
-            (folder / "joined.txt").unlink(missing_ok=True)
+        facts = download_fineweb(config, folder) if config.dataset == "fineweb" else tokenize(config, folder)
         with replacing(folder / "meta.json") as file:
-            file.write(json.dumps(tokenizer.facts | facts | {"source": source}, indent=1).encode())
-    kind = "characters" if config.tokenizer == "char" else "tokens"
+            file.write(json.dumps(facts, indent=1).encode())
+    kind = "characters" if facts["tokenizer"] == "char" else "tokens"
     sizes = f"{facts['train_tokens']:,} train tokens, {facts['val_tokens']:,} validation tokens"
-    print(f"{folder}: {tokenizer.vocab_size:,} {kind}, {sizes}")
-    if tokenizer.vocab_size < (config.vocab_size or 0):
-        print(f"the text has no more frequent strings: fewer tokens than --vocab_size={config.vocab_size}")
+    show(f"{folder}: {facts['vocab_size']:,} {kind}, {sizes}")
+    if facts["vocab_size"] < (config.vocab_size or 0):
+        show(f"the text has no more frequent strings: fewer tokens than --vocab_size={config.vocab_size}")
     if min(facts["train_tokens"], facts["val_tokens"]) <= 8:  # config/lecture has the shortest blocks
-        print("too short for every recipe here, even for --block_size=8: take a longer text")
+        show("too short for every recipe here, even for --block_size=8: take a longer text")
 
 
 def prepared(dataset: str) -> dict:
@@ -133,21 +142,37 @@ def dataset_folder(dataset: str) -> Path:
 # The text
 
 
+def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """Write input.txt, train.bin and val.bin of a text; returns what meta.json says of them."""
+    text, source = fetch(config, folder / "input.txt")
+    try:
+        counts = count_characters(text)
+        tokenizer = make_tokenizer(config, text, counts)
+        facts = encode_file(tokenizer, text, config, int(counts.sum() * (1 - config.val_fraction)))
+    finally:
+        (folder / "joined.txt").unlink(missing_ok=True)
+    return tokenizer.facts | facts | {"source": source}
+
+
 def fetch(config: PrepareConfig, path: Path) -> tuple[Path, str]:
     """The file of the text, by default `path`, and where it came from; downloaded where needed."""
     if config.input:
         return given_text(config, path.with_name("joined.txt")), config.input
     source = config.url or str(path)
+    ways = (
+        f". Either put the file at {path}; or python prepare.py --dataset={config.dataset} --input=FILE; "
+        "or, with no network at all, python train.py config/stdlib_char.py"
+    )
     if config.url:
-        download(config.url, path)
+        download(config.url, path, ways)
     elif path.exists():
         pass
     elif config.dataset in ("shakespeare_char", "shakespeare_gpt2"):
-        download(source := SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)
+        download(source := SHAKESPEARE_URL, path, ways, sha256=SHAKESPEARE_SHA256)
     elif config.dataset == "stdlib_char":
         source = collect_stdlib(path)
     elif path.with_name("train.bin").exists():
-        facts = '{"tokenizer": "gpt2", "vocab_size": 50257} or {"tokenizer": "char", "vocab_size": N, "chars": "..."}'
+        facts = f'{json.dumps(GPT2_FACTS)} or {{"tokenizer": "char", "vocab_size": N, "chars": "..."}}'
         raise ConfigError(f"{path.parent} has tokens but no meta.json, which must say what they mean: {facts}")
     else:
         raise ConfigError(f"there is no {path}: python prepare.py --dataset={config.dataset} --input=FILE makes it")
@@ -165,7 +190,7 @@ def given_text(config: PrepareConfig, path: Path) -> Path:
     texts = sorted(path for path in given.iterdir() if path.suffix.lower() == ".txt") if given.is_dir() else [given]
     if not given.exists() or not texts:
         raise ConfigError(f"--input: there is no {'.txt file in' if given.exists() else 'file'} {given}")
-    print(f"{given}: {len(texts)} .txt files" if given.is_dir() else f"{given}: read until it ends")
+    show(f"{given}: {len(texts)} .txt files" if given.is_dir() else f"{given}: read until it ends")
     with replacing(path) as file:
         for text in texts:
             if text != texts[0]:
@@ -175,17 +200,39 @@ def given_text(config: PrepareConfig, path: Path) -> Path:
     return path
 
 
-def download(url: str, path: Path, sha256: str | None = None) -> None:
+class Meter:
+    """Shows how much of a file or a download is done: bytes, rate and, where the `total` is known, the time left."""
+
+    def __init__(self, what: str, total: int = 0):
+        self.what, self.total, self.done, self.start = what, total, 0, time.monotonic()
+
+    def add(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        seconds = time.monotonic() - self.start
+        if seconds > 1 and self.done:  # what takes less needs no progress
+            rate, size, left = self.done / seconds, f"{self.done / 1e6:,.0f}", ""
+            if self.total:
+                size += f" of {self.total / 1e6:,.0f}"
+                left = f" | eta {timedelta(seconds=round((self.total - self.done) / rate))}"
+            progress.show(f"{self.what}: {size} MB | {rate / 1e6:,.1f} MB/s{left}")
+
+
+def download(url: str, path: Path, advice: str, meter: Meter | None = None, sha256: str | None = None) -> None:
     """Download `url` to `path`. Overload and broken connections are tried again; raises UserError when all fails."""
     import requests  # a tenth of a second, which only a download should cost
 
+    if not meter:
+        show(f"downloading {url}")
+        meter = Meter(f"downloading {path}")
+    before = meter.done
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
             with requests.get(url, stream=True, timeout=TIMEOUT) as response:
                 if response.ok:
-                    return save(response.iter_content(PIECE), path, sha256)
+                    meter.done = before
+                    return save(response.iter_content(PIECE), path, meter, sha256)
                 problem = f"the server answered {response.status_code} {response.reason}"
                 if response.status_code < 500 and response.status_code != 429:
                     break
@@ -194,24 +241,20 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             break
         except requests.RequestException as error:
             problem = f"the connection failed {attempt + 1} times ({type(error).__name__})"
-    raise UserError(
-        f"cannot download {url}: {problem}. Either put the file at {path}; or python prepare.py "
-        f"--dataset={path.parent.name} --input=FILE; or, with no network at all, python train.py config/stdlib_char.py"
-    )
+    raise UserError(f"cannot download {url}: {problem}{advice}")
 
 
-def save(pieces: Iterator[bytes], path: Path, sha256: str | None) -> None:
-    """Write the pieces to `path`, with progress on a terminal. Raises ValueError when their hash is not `sha256`."""
-    digest, received = hashlib.sha256(), 0
+def save(pieces: Iterator[bytes], path: Path, meter: Meter, sha256: str | None) -> None:
+    """Write the pieces to `path`. Raises ValueError when their hash is not `sha256`."""
+    digest = hashlib.sha256()
     with replacing(path) as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
-            received += len(piece)
-            if rewritable(sys.stderr):
-                print(f"\rdownloading {path}: {received / 1e6:.1f} MB \r", end="", file=sys.stderr, flush=True)
+            meter.add(len(piece))
         if sha256 and digest.hexdigest() != sha256:
-            raise ValueError(f"wrong content: {received:,} bytes of sha256 {digest.hexdigest()}, expected {sha256}")
+            found = f"{file.tell():,} bytes of sha256 {digest.hexdigest()}"
+            raise ValueError(f"wrong content: {found}, expected {sha256}")
 
 
 def collect_stdlib(path: Path) -> str:
@@ -228,9 +271,11 @@ def collect_stdlib(path: Path) -> str:
 def read_pieces(path: Path) -> Iterator[str]:
     """Yield the text piece by piece, each up to where a word ends. Raises UserError if it is not UTF-8."""
     decoder, text, data, head = codecs.getincrementaldecoder("utf-8-sig")(), "", None, b""
+    meter = Meter(f"reading {path}", path.stat().st_size)
     with open(path, "rb") as file:
         while data != b"":
             data = file.read(PIECE)
+            meter.add(len(data))
             head = head or data
             try:
                 text += decoder.decode(data, final=not data)
@@ -304,6 +349,71 @@ def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_tra
     return counts | {"val_bytes": val_bytes, "sha256": digest.hexdigest()}
 
 
+# FineWeb
+
+
+def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
+    """Write val.bin and add the shards that train.bin lacks; returns what meta.json says of them.
+
+    shards.json has the number of tokens of each whole shard in train.bin. What comes after them there, an interrupted
+    download has left; and meta.json may speak of fewer shards than there are.
+    """
+    record, train, val = folder / "shards.json", folder / "train.bin", folder / "val.bin"
+    n_shards = config.shards or SHARDS
+    with explained(f"{record} is damaged", f"; remove it and {train}"):
+        counts = json.loads(record.read_bytes()) if record.exists() else []
+        while 2 * sum(counts) > (train.stat().st_size if train.exists() else 0):
+            counts.pop()
+    if train.exists() and not record.exists():
+        raise UserError(f"{train} has other tokens than FineWeb's: move it away")
+    missing = max(0, n_shards - len(counts)) + (not val.exists())
+    needed, free = (missing + 1) * SHARD_BYTES * bool(missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f}: try fewer --shards")
+    if missing:
+        show(f"{folder}: downloading {missing * SHARD_BYTES / 1e9:.1f} GB, of FineWeb's {SHARDS} shards {n_shards}")
+    meter = Meter("downloading FineWeb", missing * SHARD_BYTES)
+    if not val.exists():
+        with replacing(val) as file:
+            add_shard("fineweb_val_000000.bin", file, folder, meter)
+    while True:
+        with replacing(record) as file:
+            file.write(json.dumps(counts).encode())
+        if len(counts) >= n_shards:
+            break
+        with named(train), open(train, "ab") as file:
+            file.truncate(2 * sum(counts))
+            counts.append(add_shard(f"fineweb_train_{len(counts) + 1:06}.bin", file, folder, meter))
+            flush_to_disk(file)
+    digest = hashlib.sha256(f"{n_shards} shards".encode())
+    with open(val, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    sizes = {"train_tokens": sum(counts[:n_shards]), "val_tokens": val.stat().st_size // 2, "shards": n_shards}
+    return GPT2_FACTS | sizes | {"sha256": digest.hexdigest(), "source": f"huggingface.co/datasets/{FINEWEB}"}
+
+
+def add_shard(name: str, file: IO[bytes], folder: Path, meter: Meter) -> int:
+    """Download a shard and append its tokens to `file`; returns how many. Raises UserError for a damaged one."""
+    hub, path = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), folder / name
+    url = f"{hub}/datasets/{FINEWEB}/resolve/main/{name}"
+    advice = "; the same command tries again, from this shard on"
+    try:
+        download(url, path, advice, meter)
+        with open(path, "rb") as shard, explained(f"{url} is damaged", advice):
+            magic, version, n_tokens = np.frombuffer(shard.read(SHARD_HEADER), "<i4")[:3].tolist()
+            expected = (SHARD_MAGIC, 1, (path.stat().st_size - SHARD_HEADER) / 2)
+            if (magic, version, n_tokens) != expected:
+                raise ValueError(f"its header says {magic}, {version}, {n_tokens}; expected {expected}")
+            while piece := shard.read(PIECE):
+                if (largest := np.frombuffer(piece, TOKEN).max()) >= GPT2_FACTS["vocab_size"]:
+                    raise ValueError(f"it has token id {largest}")
+                file.write(piece)
+    finally:
+        path.unlink(missing_ok=True)
+    return n_tokens
+
+
 # Files
 
 
@@ -313,17 +423,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with named(path), open(beside, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file)
         os.replace(beside, path)
-    except BaseException as error:
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """A system error that names no file, as that of a full disk does, names `path`."""
+    try:
+        yield
+    except BaseException as error:
         for cause in (error, error.__context__):  # on a full disk torch.save adds an error of its own
             if isinstance(cause, OSError) and cause.errno and not cause.filename:
                 raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
+
+
+def flush_to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -574,8 +697,10 @@ class Tokens:
         self.vocab_size = meta["vocab_size"]
         self.n_bytes = meta.get(f"{split}_bytes")  # of its text, where that is known
         with explained(f"{self.path} is damaged", "; prepare.py makes it anew"):
-            self.ids = np.memmap(self.path, TOKEN, "r")  # refuses an odd number of bytes
-            if len(self) != (promised := meta.get(f"{split}_tokens", len(self))):
+            promised = meta.get(f"{split}_tokens")
+            growing = split == "train" and "shards" in meta  # by shards that do not count yet
+            self.ids = np.memmap(self.path, TOKEN, "r", shape=promised if growing else None)  # refuses half a token
+            if promised not in (None, len(self)):
                 raise ValueError(f"it holds {len(self)} tokens, meta.json promises {promised}")
         if len(self) <= block_size:
             needed = f"block_size {block_size} and a target: lower --block_size or prepare a longer text"

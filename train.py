@@ -42,9 +42,10 @@ from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, 
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
 RATES = ("learning_rate", "min_lr", "weight_decay")  # chosen for an optimizer, so that they stay with it
-TEXT_FACTS = ("sha256", "train_tokens")  # of meta.json and a checkpoint: which text, and where it is split
+TEXT_FACTS = ("sha256", "train_tokens", "shards")  # of meta.json and a checkpoint: which text, how much of it
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "lr": "it is --learning_rate",
+    "shards": "python prepare.py --dataset=fineweb --shards=N, before",
     "wandb_log": "--tensorboard=True draws curves",
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
     "backend": "it is nccl on GPUs, gloo on CPUs",
@@ -376,7 +377,7 @@ class State:
         """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir."""
         checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
         checkpoint |= {name: getattr(self, name) for name in ("step", "best_val_loss", "best_step", "best_tokens")}
-        checkpoint |= {"config": asdict(config), **{name: self.meta.get(name) for name in TEXT_FACTS}}
+        checkpoint |= {"config": asdict(config), **{name: self.meta[name] for name in TEXT_FACTS if name in self.meta}}
         checkpoint["tokenizer"] = {name: self.meta[name] for name in TOKENIZER_FACTS if name in self.meta}
         if name == "ckpt.pt":
             checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -478,6 +479,9 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
             advice = f"; use another --out_dir, or resume this run with {' '.join(own)}"
         elif different.keys() <= {*TEXT_FACTS}:
             advice = f"; use another --out_dir, where {typed('init_from', source)} fine-tunes these weights"
+            if "shards" in different:
+                way = f"python prepare.py {typed('dataset', config.dataset)} {typed('shards', found['shards'])}"
+                advice += f", or take its shards again: {way}"
         what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
         raise ConfigError(f"{source} holds {what}{advice}")
     for name in (*adopted, *(name for name in RATES if resuming and name not in config.given)):
@@ -573,6 +577,7 @@ class Process:
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    patient: dist.ProcessGroup | None = None  # of the same processes, which wait for process 0 as long as it takes
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018).
@@ -600,7 +605,7 @@ class Process:
             except (UserError, OSError) as error:
                 made = [error]
         if self.world_size > 1:
-            dist.broadcast_object_list(made)
+            dist.broadcast_object_list(made, group=self.patient)
         if isinstance(made[0], Exception):
             raise made[0] if self.rank == 0 or isinstance(made[0], UserError) else UserError(str(made[0]))
         return made[0]
@@ -633,7 +638,8 @@ def join_processes(config: TrainConfig) -> Process:
             place = {"store": store, "rank": rank, "world_size": world_size}
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, **place)
-    return Process(rank, world_size, device, dtype)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
+    return Process(rank, world_size, device, dtype, patient)
 
 
 def was_restarted() -> bool:

@@ -1,10 +1,12 @@
 import hashlib
+import http.server
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,74 @@ def dataset(folder, capsys):
     prepare.prepare(PrepareConfig())
     capsys.readouterr()
     return path.parent
+
+
+@pytest.fixture
+def server():
+    """A web server on loopback. `answers` are (status, headers, body) in turn, the last one for ever."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests += 1
+            status, headers, body = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = 0
+    server.url = f"http://127.0.0.1:{server.server_port}/text"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def ok(body):
+    return 200, {"Content-Length": str(len(body))}, body
+
+
+# Of FineWeb, by number; 0 is the validation shard.
+SHARD_TOKENS = {
+    number: np.random.default_rng(number).integers(50257, size=500 + number).astype("<u2") for number in range(5)
+}
+
+
+def shard(tokens, magic=20240520, version=1, n_tokens=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if n_tokens is None else n_tokens
+    return header.tobytes() + tokens.tobytes()
+
+
+@pytest.fixture
+def hub(folder, server, monkeypatch):
+    """A hub with small shards of FineWeb: `bodies` by number, and the numbers that were `asked` for."""
+
+    def get(handler):
+        base = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
+        kind, number = re.fullmatch(rf"{base}(val|train)_(\d{{6}}).bin", handler.path).groups()
+        number = int(number)
+        assert (kind == "val") == (number == 0)
+        server.asked.append(number)
+        body = server.bodies[number]
+        handler.send_response(200 if body else 500)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[: len(body) // 2 if server.asked.count(number) in server.broken else None])
+
+    server.RequestHandlerClass.do_GET = get
+    server.bodies = {number: shard(tokens) for number, tokens in SHARD_TOKENS.items()}
+    server.asked, server.broken = [], ()
+    monkeypatch.setenv("HF_ENDPOINT", server.url.removesuffix("/text"))
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 2024)  # so that any disk has room
+    return server
 
 
 TINY = {

@@ -199,7 +199,7 @@ def plan():
     cards = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12)}  # SXM, 80 GB: FLOP/s in bfloat16, bytes a second
     print("| recipe | micro-batch | FLOPs a token | operators | memory | A100 | MFU | H100 | MFU |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for recipe, sizes in (("shakespeare_char_nanogpt.py", (8, 64)), ("gpt2_124m.py", (4, 12, 20, 30, 60))):
+    for recipe, sizes in (("shakespeare_char_nanogpt.py", (8, 64)), ("gpt2_124m.py", (16, 32, 64))):
         for rows in sizes:
             config, flops_per_token, done, peak = training_step(recipe, rows)
             cells = [recipe, f"{rows} x {config.block_size}", f"{flops_per_token / 1e6:.1f}M", str(len(done))]

@@ -299,11 +299,15 @@ def test_each_rung_of_the_lecture_adds_its_idea_to_the_last(monkeypatch):
     assert {rung["max_iters"] for rung in rungs} == {5000}
 
 
-def test_gpt2_124m_divides_among_8_gpus(monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2, 8, 16, 32])
+def test_gpt2_124m_divides_among_any_gpus(monkeypatch, world_size):
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     config = read(TrainConfig, ["config/gpt2_124m.py"])
-    assert config.micro_batch_size(8) == 20
-    assert 450_000 < config.batch_size * config.block_size < 550_000  # GPT-2's tokens a step
+    assert config.micro_batch_size(world_size) == 16
+    assert config.batch_size * config.block_size == 2**19  # tokens a step
+    assert config.batch_size * config.block_size * config.max_iters == pytest.approx(10e9, rel=1e-4)
+    assert config.batch_size * config.block_size * config.eval_iters == 10_485_760  # what the field evaluates
 
 
 def test_the_reference_recipe_equals_the_defaults(monkeypatch):
@@ -326,8 +330,8 @@ def test_only_tuned_values_of_a_recipe_may_follow_the_defaults(monkeypatch):
             "batch_size": 32, "dropout": 0.1, "learning_rate": 1e-4, "min_lr": 0.0, "warmup_iters": 5, "max_iters": 50
         },
         "gpt2_124m": {
-            "batch_size": 480, "dropout": 0.0, "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000,
-            "max_iters": 600_000, "beta2": 0.95
+            "optimizer": "muon", "batch_size": 512, "dropout": 0.0, "learning_rate": 1.8e-3, "min_lr": 0.0,
+            "warmup_iters": 700, "max_iters": 19_073, "beta2": 0.95
         },
         "lecture/1_bigram": lecture,
         "lecture/2_self_attention": lecture | {"learning_rate": 1e-2},

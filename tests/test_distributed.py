@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from contextlib import ExitStack
+from pathlib import Path
 from unittest.mock import ANY
 
 import numpy as np
@@ -68,6 +70,27 @@ def test_process_0_prepares_the_data_while_the_others_wait(folder):
     assert checkpoint()["step"] == 20
 
 
+def test_the_others_wait_for_a_download_that_takes_longer_than_any_timeout(folder):
+    lines = """if True:
+        import time
+        from datetime import timedelta
+        from torch.distributed import distributed_c10d
+        import train
+
+        distributed_c10d.default_pg_timeout = timedelta(seconds=2)
+        train.prepared = lambda dataset: time.sleep(4) or {}
+        process = train.join_processes(train.TrainConfig(device="cpu"))
+        process.on_rank_0(train.prepared, "fineweb")
+        print("prepared")
+        """
+    argv = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+    Path("waits.py").write_text(textwrap.dedent(lines.removeprefix("if True:\n")))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    argv = [sys.executable, "-m", *argv, "waits.py"]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=100, env=environment)
+    assert ended.stdout.count("prepared") == 2, ended.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -88,7 +111,7 @@ def test_a_mistake_of_all_processes_is_said_once(dataset, changes, message):
 @pytest.mark.parametrize("recipe", ["shakespeare_char_cpu", "gpt2_124m"])
 def test_recipes_run_in_two_processes(dataset, recipe):
     """The recipe's own settings, but for the size and the data."""
-    (dataset.parent / "openwebtext").symlink_to(dataset)
+    (dataset.parent / "fineweb").symlink_to(dataset)
     sizes = ["--n_layer=1", "--n_embd=24", "--n_head=2", "--block_size=32", "--max_iters=2", "--eval_iters=1"]
     sizes += ["--batch_size=8", "--gradient_accumulation_steps=2", "--device=cpu"]
     ended = torchrun(str(REPOSITORY / "config" / f"{recipe}.py"), *sizes)

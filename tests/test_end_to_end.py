@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SHAKESPEARE, checkpoint, command, losses, tiny, train_here
+from conftest import REPOSITORY, SHAKESPEARE, checkpoint, command, losses, shard, tiny, train_here
 
+import prepare
 import sample
 import train
+from config import ConfigError
 
 
 def test_own_text_prepare_train_sample(folder):
@@ -28,6 +30,31 @@ def test_own_text_prepare_train_sample(folder):
     assert losses(trained.stdout)[150][1] < 0.5
     said = command("sample.py", "--out_dir=out/mine", "--start=Wär ich", "--temperature=0", "--max_new_tokens=24")
     assert said.stdout == "Wär ich ein Vöglein, flög ich z\n"
+
+
+def test_gpt2_124m_downloads_fineweb_and_trains_without_a_tokenizer(hub, capsys, monkeypatch):
+    """The recipe's own settings, but for the size; its 103 shards are small ones."""
+    hub.bodies |= {number: shard(np.arange(100, dtype="<u2")) for number in range(1, 104)}
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    sizes = ["--n_layer=1", "--n_embd=8", "--n_head=2", "--block_size=16", "--max_iters=30", "--batch_size=8"]
+    sizes += ["--gradient_accumulation_steps=2", "--device=cpu", "--warmup_iters=2", "--learning_rate=0.05"]
+    train.main(["config/gpt2_124m.py", *sizes])
+    assert hub.asked == [*range(104)]
+    found = losses(capsys.readouterr().out)
+    assert found[0][1] == pytest.approx(np.log(50257), abs=0.1)
+    assert found[30][0] < found[0][0] - 2  # counting to 100 is soon learned; the validation shard is noise
+    assert checkpoint("out/gpt2_124m/best.pt")["shards"] == 103
+    # A resumed run reads the same shards.
+    prepare.main(["--dataset=fineweb", "--shards=102"])
+    advice = "or take its shards again: python prepare.py --dataset=fineweb --shards=103"
+    with pytest.raises(ConfigError, match=rf"holds another model or text .*shards 103 -> 102\); .*{advice}$"):
+        train.main(["config/gpt2_124m.py", *sizes])
+    hub.asked.clear()
+    prepare.main(["--dataset=fineweb", "--shards=103"])
+    train.main(["config/gpt2_124m.py", *sizes, "--max_iters=32"])
+    assert hub.asked == []
+    with pytest.raises(ModuleNotFoundError, match="tokenizers"):  # what is told as: pip install tokenizers
+        sample.main(["--out_dir=out/gpt2_124m", "--device=cpu"])
 
 
 def test_the_lines_of_the_readme_draw_the_curve(dataset):

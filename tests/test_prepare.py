@@ -2,7 +2,7 @@ import bz2
 import contextlib
 import gzip
 import hashlib
-import http.server
+import itertools
 import json
 import os
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPOSITORY, SHAKESPEARE, command
+from conftest import REPOSITORY, SHAKESPEARE, SHARD_TOKENS, command, ok, shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,38 +25,6 @@ from config import ConfigError, UserError
 from prepare import CharTokenizer, Tokens, decoded_stream, load_meta, tokenizer_of
 
 TEXT = "Grüße, Jürgen ❤ 😀 Unicode!\r\nsecond line\n" * 50
-
-
-@pytest.fixture
-def server():
-    """A web server on loopback. `answers` are (status, headers, body) in turn, the last one for ever."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.requests += 1
-            status, headers, body = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = 0
-    server.url = f"http://127.0.0.1:{server.server_port}/text"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def ok(body):
-    return 200, {"Content-Length": str(len(body))}, body
 
 
 @pytest.fixture
@@ -694,13 +662,33 @@ def test_tiny_shakespeare_is_downloaded_once_and_its_hash_checked(folder, server
     assert decoded("shakespeare_char") == TEXT
 
 
-def test_a_download_shows_its_progress_on_a_terminal_only(folder, server, capsys, monkeypatch):
-    server.answers = [ok(b"text" * 300_000)]
+def slow_clock(monkeypatch):
+    """Ten seconds pass between any two looks at the clock."""
+    monkeypatch.setattr(prepare.time, "monotonic", itertools.count(0, 10).__next__)
+
+
+def test_a_download_says_what_it_does_before_it_tries(folder, server, waits, capsys):
+    server.server_close()
+    with pytest.raises(UserError, match="cannot download"):
+        prepare.main(["--dataset=mine", f"--url={server.url}"])
+    assert capsys.readouterr().out == f"downloading {server.url}\n"
+
+
+def test_long_work_shows_bytes_and_rate_and_time_left(folder, server, capsys, monkeypatch):
+    """In a pipe a line every few seconds, on a terminal one that is rewritten."""
+    server.answers = [ok(b"text" * 600_000)]
     prepare.main(["--dataset=mine", f"--url={server.url}"])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ""  # it was quick
+    slow_clock(monkeypatch)
+    prepare.main(["--dataset=mine", f"--url={server.url}"])
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.fullmatch(r"downloading data/mine/input.txt: 2 MB \| 0.\d MB/s", line) for line in lines)
+    assert any(re.fullmatch(r"reading data/mine/input.txt: 1 of 2 MB \| 0.\d MB/s \| eta 0:00:\d\d", x) for x in lines)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     prepare.main(["--dataset=mine", f"--url={server.url}"])
-    assert "\rdownloading data/mine/input.txt: 1.2 MB \r" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "\r\033[Kdownloading data/mine/input.txt: 2 MB | 0." in err
+    assert "\n" not in err
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -811,6 +799,208 @@ def test_an_invalid_url_is_refused_at_once(folder, waits, url):
     with pytest.raises(UserError, match=re.escape(f"cannot download {url}: ")):
         prepare.main(["--dataset=mine", f"--url={url}"])
     assert waits == []
+
+
+# FineWeb
+
+
+def fineweb(n_shards):
+    prepare.main(["--dataset=fineweb", f"--shards={n_shards}"])
+
+
+def check_fineweb(n_shards):
+    """The dataset is that of so many shards."""
+    meta = load_meta("fineweb")
+    assert meta["shards"] == n_shards
+    train, val = (Tokens("fineweb", split, meta, 8).ids for split in ("train", "val"))
+    assert np.array_equal(train, np.concatenate([SHARD_TOKENS[number] for number in range(1, n_shards + 1)]))
+    assert np.array_equal(val, SHARD_TOKENS[0])
+    return meta
+
+
+def test_fineweb_is_its_shards_one_after_another(hub, capsys):
+    fineweb(3)
+    meta = check_fineweb(3)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"]) == ("gpt2", 50257, 501 + 502 + 503)
+    assert hub.asked == [0, 1, 2, 3]
+    assert files(Path.cwd()) == [
+        f"data/fineweb/{name}" for name in ("meta.json", "shards.json", "train.bin", "val.bin")
+    ]
+    assert capsys.readouterr().out == (
+        "data/fineweb: downloading 0.0 GB, of FineWeb's 103 shards 3\n"
+        "data/fineweb: 50,257 tokens, 1,506 train tokens, 500 validation tokens\n"
+    )
+
+
+def test_all_shards_of_fineweb_are_the_default_and_their_size_is_said_first(hub, monkeypatch, capsys):
+    hub.bodies |= {number: shard(SHARD_TOKENS[1]) for number in range(5, 104)}
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 200_001_024)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**11))
+    prepare.main(["--dataset=fineweb"])
+    assert hub.asked == [*range(104)]
+    assert load_meta("fineweb")["shards"] == 103
+    assert capsys.readouterr().out.startswith("data/fineweb: downloading 20.8 GB, of FineWeb's 103 shards 103\n")
+
+
+def test_a_shard_that_breaks_off_is_downloaded_again(hub, waits):
+    hub.broken = (1, 2)
+    fineweb(2)
+    check_fineweb(2)
+    assert waits == [1, 2] * 3
+
+
+def test_an_interrupted_download_of_fineweb_resumes_after_the_last_whole_shard(hub, waits):
+    hub.bodies[3] = b""
+    with pytest.raises(UserError, match=r"000003.bin: the server answered 500 .*; the same command tries again, from"):
+        fineweb(4)
+    assert not Path("data/fineweb/meta.json").exists()
+    hub.bodies[3] = shard(SHARD_TOKENS[3])
+    hub.asked.clear()
+    fineweb(4)
+    check_fineweb(4)
+    assert hub.asked == [3, 4]
+
+
+@pytest.mark.parametrize("moment", range(16))
+def test_a_kill_while_fineweb_grows_leaves_the_smaller_dataset_whole(hub, monkeypatch, moment):
+    """The process ends at a write to disk, whichever it is; `os.fsync` and `os.replace` come in turn."""
+    fineweb(1)
+    inode = Path("data/fineweb/train.bin").stat().st_ino
+    steps = itertools.count()
+
+    def dying(original):
+        def step(*arguments):
+            if next(steps) == moment:
+                raise SystemExit
+            return original(*arguments)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
+        patch.setattr(prepare.os, "fsync", dying(os.fsync))
+        patch.setattr(prepare.os, "replace", dying(os.replace))
+        with contextlib.suppress(SystemExit):
+            fineweb(3)
+    died = next(steps) > moment
+    assert died == (moment < 14)
+    check_fineweb(1 if died else 3)
+    hub.asked.clear()
+    fineweb(3)
+    check_fineweb(3)
+    assert len(hub.asked) <= 2
+    assert 1 not in hub.asked
+    assert Path("data/fineweb/train.bin").stat().st_ino == inode  # no second copy
+
+
+def test_what_a_killed_download_has_left_of_a_shard_is_dropped(hub):
+    fineweb(1)
+    with open("data/fineweb/train.bin", "ab") as file:
+        file.write(b"half a token an" * 7)
+    check_fineweb(1)
+    fineweb(2)
+    check_fineweb(2)
+
+
+def test_fewer_shards_of_fineweb_need_no_download(hub):
+    fineweb(3)
+    one = load_meta("fineweb")["sha256"]
+    hub.asked.clear()
+    fineweb(2)
+    assert check_fineweb(2)["sha256"] != one
+    fineweb(3)
+    assert check_fineweb(3)["sha256"] == one
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (shard(SHARD_TOKENS[2], magic=20240801), "its header says 20240801, 1, 502; expected (20240520, 1, 502.0)"),
+        (shard(SHARD_TOKENS[2], version=2), "its header says 20240520, 2, 502; expected (20240520, 1, 502.0)"),
+        (shard(SHARD_TOKENS[2], n_tokens=501), "its header says 20240520, 1, 501; expected (20240520, 1, 502.0)"),
+        (shard(SHARD_TOKENS[2])[:-1], "its header says 20240520, 1, 502; expected (20240520, 1, 501.5)"),
+        (shard(SHARD_TOKENS[2])[:1023], "ValueError: "),
+        (shard(np.array([1, 50257], "<u2")), "it has token id 50257"),
+    ],
+)
+def test_a_damaged_shard_is_refused_and_never_trained_on(hub, body, problem):
+    hub.bodies[2] = body
+    with pytest.raises(UserError) as error:
+        fineweb(2)
+    assert re.match(r"http://127.*/fineweb_train_000002.bin is damaged \(ValueError: ", str(error.value))
+    assert problem in str(error.value)
+    assert files(Path.cwd()) == [f"data/fineweb/{name}" for name in ("shards.json", "train.bin", "val.bin")]
+    hub.bodies[2] = shard(SHARD_TOKENS[2])
+    fineweb(2)
+    check_fineweb(2)
+
+
+def test_a_disk_too_small_for_fineweb_is_said_before_the_download(hub, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 200_001_024)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2_200_000_000))
+    with pytest.raises(UserError, match=r"data/fineweb needs 2.4 GB, the disk has 2.2: try fewer --shards"):
+        fineweb(10)
+    assert hub.asked == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the system")
+def test_a_disk_that_fills_while_fineweb_grows_is_one_line_and_costs_nothing(hub):
+    import resource
+
+    fineweb(1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # bytes of the largest file
+    try:
+        with pytest.raises(OSError, match=r"File too large: 'data/fineweb/train.bin'"):
+            fineweb(4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_fineweb(1)
+    fineweb(4)
+    check_fineweb(4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the system to tell a process's memory")
+def test_a_shard_of_400_mb_takes_little_memory(hub):
+    hub.bodies[1] = shard(np.tile(np.arange(50_000, dtype="<u2"), 4000))
+    lines = "import prepare; prepare.SHARD_BYTES = 0; prepare.main(['--dataset=fineweb', '--shards=1'])"
+    lines += "; print(open('/proc/self/status').read())"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True, check=True)
+    assert load_meta("fineweb")["train_tokens"] == 200_000_000
+    [peak] = re.findall(r"VmHWM:\s*(\d+) kB", ended.stdout)
+    assert int(peak) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset=fineweb", "--input=mine.txt"], "fineweb is ready made, in GPT-2's tokens: take another --dataset"),
+        (["--dataset=fineweb", "--tokenizer=char"], "fineweb is ready made"),
+        (["--dataset=fineweb", "--val_fraction=0.2"], "fineweb is ready made"),
+        (["--dataset=mine", "--shards=2"], "shards needs --dataset=fineweb, found --dataset=mine"),
+        (["--dataset=fineweb", "--shards=104"], "shards must be at least 1 and at most 103, found 104"),
+    ],
+)
+def test_what_fineweb_does_not_take_is_refused(folder, argv, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepare.main(argv)
+
+
+def test_tokens_of_another_origin_are_not_overwritten_by_fineweb(hub):
+    Path("data/fineweb").mkdir(parents=True)
+    Path("data/fineweb/train.bin").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"data/fineweb/train.bin has other tokens than FineWeb's: move it away"):
+        fineweb(1)
+    assert Path("data/fineweb/train.bin").read_bytes() == b"mine"
+
+
+def test_a_damaged_record_of_shards_is_named(hub):
+    fineweb(1)
+    Path("data/fineweb/shards.json").write_text("[5")
+    with pytest.raises(UserError, match=r"data/fineweb/shards.json is damaged \(JSONDecodeError: .*; remove it and "):
+        fineweb(1)
 
 
 # The standard library
