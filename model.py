@@ -72,18 +72,26 @@ class KVCache:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(head_size), future masked) v, written out; all are (B, n_head, T, head_size).
+    """Attention written out; all are (B, n_head, T, head_size).
+
+    For training on CPUs in bfloat16 or with dropout: forward and backward take half the time of torch's fused call,
+    with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), but keep B * n_head matrices of T x T in memory. In float32
+    without dropout the fused call is faster, by a tenth.
+    """
+    weights = dropout(attention_weights(q, k), p_dropout)
+    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(q.shape)
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head_size), future masked): (B, n_head, T, T) of two (B, n_head, T, head_size).
 
     Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise grow
-    with head_size and push the softmax towards one-hot. For training on CPUs in bfloat16 or with dropout: forward and
-    backward take half the time of torch's fused call, with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), but keep
-    B * n_head matrices of T x T in memory. In float32 without dropout the fused call is faster, by a tenth.
+    with head_size and push the softmax towards one-hot.
     """
     B, n_head, T, head_size = q.shape
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)  # 0 where a token may look
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * n_head, T, head_size)
-    weights = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(head_size)).softmax(-1)  # (B * n_head, T, T)
-    return torch.bmm(dropout(weights, p_dropout), v).view(B, n_head, T, head_size)
+    scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=1 / math.sqrt(head_size))
+    return scores.softmax(-1).view(B, n_head, T, T)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -112,11 +120,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
+    def qkv(self, x: Tensor) -> Tensor:
+        """Query: what am I looking for? Key: what do I contain? Value: what do I tell if you attend to me?"""
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3C) -> (B, T, 3, n_head, head_size)
+        return qkv.permute(2, 0, 3, 1, 4)  # three of (B, n_head, T, head_size)
+
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        # Query: what am I looking for? Key: what do I contain? Value: what do I tell if you attend to me?
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3C) -> (B, T, 3, n_head, head_size)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, n_head, T, head_size)
+        q, k, v = self.qkv(x)
         if cache is not None:
             k, v = cache.extend(k, v)
         if self.training and x.device.type == "cpu" and (self.dropout or q.dtype == torch.bfloat16):
@@ -315,17 +326,32 @@ class GPT(LanguageModel):
         self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
         self.initialize()
 
-    def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
-        """Token ids (B, T) at positions start ... start + T - 1 -> what the model makes of them (B, T, C)."""
+    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
+        """Token ids (B, T) at positions start ... start + T - 1 -> what and where each of them is (B, T, C)."""
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size ({self.config.block_size})")
         position = torch.arange(start, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C) + (T, C)
-        x = dropout(x, self.config.dropout * self.training)
+        return dropout(x, self.config.dropout * self.training)
+
+    def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
+        """Token ids (B, T) from position `start` on -> what the model makes of them (B, T, C)."""
+        x = self.embed(idx, start)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, caches[layer] if caches else None)
         return self.transformer.ln_f(x)
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor) -> Tensor:
+        """What each head attends to: (n_layer, B, n_head, T, T) for token ids (B, T); a row is one token's, sum 1."""
+        model, weights = in_eval_mode(self), []
+        x = model.embed(idx)
+        for block in model.transformer.h:
+            q, k, _ = block.attn.qkv(block.ln_1(x))
+            weights.append(attention_weights(q, k))
+            x = block(x)
+        return torch.stack(weights)
 
     def crop(self, block_size: int) -> None:
         """Forget the positions from `block_size` on. Raises ValueError when there are not so many."""

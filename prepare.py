@@ -9,6 +9,11 @@ Works in pieces, so that memory does not grow with the text; knows nothing of mo
     python prepare.py --dataset=fineweb --shards=10       a billion of GPT-2's tokens of web pages
 """
 
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 import codecs
 import hashlib
 import itertools
@@ -17,7 +22,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 import time
 import unicodedata
@@ -70,9 +74,14 @@ class PrepareConfig:
     val_fraction: float = key(0.1, "share of the text held back for validation: its end", above=0, below=1)
     tokenizer: str = key(
         "auto",
-        "char, bpe, gpt2, or a path: of a tokenizer.json, its folder, or the meta.json of another dataset; "
+        "what a token is\n"
+        "char: each character of the text\n"
+        "bpe: frequent strings, learned from the text\n"
+        "gpt2: GPT-2's 50,257 tokens\n"
+        "FOLDER or FILE: the tokens of a checkpoint, to train it further; of a tokenizer.json; of another meta.json\n"
         "auto: gpt2 for a dataset whose name ends so, else char",
     )
+    drop_unknown: bool = key(False, "leave out the characters of the text that --tokenizer lacks")
     vocab_size: int | None = key(
         None, "tokens that --tokenizer=bpe learns, each byte being one; None: 512", least=256, most=MAX_VOCAB_SIZE
     )
@@ -148,7 +157,7 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     try:
         counts = count_characters(text)
         tokenizer = make_tokenizer(config, text, counts)
-        facts = encode_file(tokenizer, text, config, int(counts.sum() * (1 - config.val_fraction)))
+        facts = encode_file(tokenizer, text, config, counts)
     finally:
         (folder / "joined.txt").unlink(missing_ok=True)
     return tokenizer.facts | facts | {"source": source}
@@ -317,20 +326,29 @@ def count_characters(path: Path) -> np.ndarray:
     return counts
 
 
-def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, n_train: int) -> dict[str, Any]:
-    """Write train.bin, of the first `n_train` characters, and val.bin, then input.txt; returns facts of them.
+def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, counts: np.ndarray) -> dict[str, Any]:
+    """Write train.bin and val.bin, then input.txt; returns facts of them. `counts`: of each code point in the text.
 
     The text is split, not the tokens: all tokenizers hold back the same text, so their bits per byte are comparable.
     """
     folder = dataset_folder(config.dataset)
+    unknown = np.flatnonzero(counts * tokenizer.lacks).tolist()
+    lacking = f"the vocabulary lacks {counts[unknown].sum():,} of its characters, {', '.join(map(shown, unknown[:8]))}"
+    advice = f"; {lacking}: --drop_unknown=True leaves them out" if unknown else ""
+    if unknown and config.drop_unknown:
+        show(f"{text}: {lacking}: left out")
+        counts[unknown] = 0
+    dropped = dict.fromkeys(unknown if config.drop_unknown else [])
+    n_train = int(counts.sum() * (1 - config.val_fraction))
     n_tokens, val_bytes, digest, start = {"train": 0, "val": 0}, 0, hashlib.sha256(), 0
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         for piece in read_pieces(text):
+            piece = piece.translate(dropped) if dropped else piece  # slow
             digest.update(piece.encode())
             border = min(max(n_train - start, 0), len(piece))  # between training and validation
             for split, file, first, last in (("train", train, 0, border), ("val", val, border, len(piece))):
                 part = piece[first:last]
-                with explained(f"{text} cannot be written in these tokens"):
+                with explained(f"{text} cannot be written in these tokens", advice):
                     ids = tokenizer.encode(part, start + first)
                     # Some tokenizers drop the very first space.
                     if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != part.lstrip(" "):
@@ -477,6 +495,13 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 # The tokens
 
 
+def shown(code_point: int) -> str:
+    """A character in a message, by its number where it cannot be seen alone."""
+    char = chr(code_point)
+    visible = char.isprintable() and not unicodedata.category(char).startswith("M")  # no combining mark
+    return repr(char) if visible else f"U+{code_point:04X}"
+
+
 def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")  # refuses lone surrogates, which are no characters
 
@@ -492,6 +517,7 @@ class CharTokenizer:
         self.points = code_points(chars)
         self.id_of = np.full(sys.maxunicode + 1, -1, np.int32)
         self.id_of[self.points] = np.arange(self.vocab_size)
+        self.lacks = self.id_of < 0  # by code point
 
     def encode(self, text: str, start: int = 0) -> np.ndarray:
         """Token ids (uint16). Raises ValueError that names the first character outside the vocabulary, and its
@@ -500,9 +526,7 @@ class CharTokenizer:
         ids = self.id_of.take(code_points(text))
         if len(ids) and ids.min() < 0:
             at = int(np.argmax(ids < 0))
-            visible = text[at].isprintable() and not unicodedata.category(text[at]).startswith("M")  # no combining mark
-            char = repr(text[at]) if visible else f"U+{ord(text[at]):04X}"
-            raise ValueError(f"character {char} at position {start + at} is not in the vocabulary")
+            raise ValueError(f"character {shown(ord(text[at]))} at position {start + at} is not in the vocabulary")
         return ids.astype(TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -524,6 +548,8 @@ class SubwordTokenizer:
 
     `library` is its Tokenizer, or its whole tokenizer.json. Raises many types of exceptions for an unusable one.
     """
+
+    lacks = False  # no character, as far as one can tell before
 
     def __init__(self, name: str, library: Any):
         import tokenizers
@@ -570,7 +596,12 @@ def make_tokenizer(config: PrepareConfig, text: Path, counts: np.ndarray) -> Tok
 
 
 def tokenizer_facts(path: Path) -> dict:
-    """What a tokenizer.json, its folder or another dataset's meta.json says. Raises ConfigError where there is none."""
+    """What a checkpoint, a tokenizer.json, the folder of one, or a meta.json says. Raises ConfigError for none."""
+    for file in (path / "best.pt", path / "ckpt.pt", path):
+        if file.suffix == ".pt" and file.is_file():
+            import torch
+
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["tokenizer"]
     if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():  # an older format
         quiet_hub(needed=False)
         import transformers
@@ -579,7 +610,7 @@ def tokenizer_facts(path: Path) -> dict:
         return {"tokenizer": str(path), "json": theirs.backend_tokenizer.to_str()}
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
-        ways = "char, bpe, gpt2, a tokenizer.json, its folder or a meta.json"
+        ways = "char, bpe, gpt2, a tokenizer.json, its folder or a meta.json, or a checkpoint"
         raise ConfigError(f"there is no tokenizer {path}: take {ways}")
     content = path.read_text(encoding="utf-8")
     facts = json.loads(content)
@@ -699,7 +730,7 @@ class Tokens:
         with explained(f"{self.path} is damaged", "; prepare.py makes it anew"):
             promised = meta.get(f"{split}_tokens")
             growing = split == "train" and "shards" in meta  # by shards that do not count yet
-            self.ids = np.memmap(self.path, TOKEN, "r", shape=promised if growing else None)  # refuses half a token
+            self.ids = np.memmap(self.path, TOKEN, "r", 0, promised if growing else None)  # refuses half a token
             if promised not in (None, len(self)):
                 raise ValueError(f"it holds {len(self)} tokens, meta.json promises {promised}")
         if len(self) <= block_size:

@@ -11,17 +11,22 @@ data/<dataset>/meta.json is read, too. train.py also opens models by `open_model
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 import ctypes
 import json
 import math
 import re
-import sys
 import zipfile
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
 from reprlib import repr as short
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +55,8 @@ TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # of meta.json; 
 @dataclass
 class SampleConfig:
     """Continue a text with a trained model."""
+
+    other_names = MappingProxyType({"prompt": "it is --start", "length": "it is --max_new_tokens"})
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
     init_from: str | None = key(
@@ -84,14 +91,15 @@ def main(argv: list[str]) -> None:
     source = config.init_from or config.out_dir
     model, checkpoint = open_model(source)
     tokenizer = tokenizer_for(model, checkpoint, source)
-    if checkpoint:
-        put(f"{checkpoint_in(source)}, step {checkpoint['step']}\n", sys.stderr)
     if config.save_pretrained:
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
     idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     if device.index:
         torch.cuda.set_device(device)  # choose_dtype asks about this one
-    model.to(device, choose_dtype(config.dtype, device))
+    dtype = choose_dtype(config.dtype, device)
+    which = f"{checkpoint_in(source)}, step {checkpoint['step']}" if checkpoint else source
+    put(f"{which}, on {device}, {str(dtype).removeprefix('torch.')}\n", sys.stderr)
+    model.to(device, dtype)
     generator = torch.Generator(device).manual_seed(config.seed)
     stream = model.stream(idx, config.max_new_tokens, None, config.temperature, config.top_k, config.top_p, generator)
     end = tokenizer.end if config.stop_at_end else None
@@ -278,7 +286,8 @@ def choose_device(name: str, processes: int = 1) -> torch.device:
         available = ["cuda"] * bool(gpus) + ["mps"] * mps + ["cpu", *(f"cuda:{index}" for index in range(gpus))]
     if name not in (*available, "auto"):
         each = f" for each of {processes} processes" if processes > 1 else ""
-        raise ConfigError(f"device {name!r} is not available{each}; available: {', '.join(available)}")
+        hint = "; a GPU is called cuda" if name.startswith("gpu") else ""
+        raise ConfigError(f"device {name!r} is not available{each}; available: {', '.join(available)}{hint}")
     device = torch.device(available[0] if name == "auto" else name)
     if device.type == "cpu":
         keep_freed_memory()

@@ -11,6 +11,11 @@ killed run resumes from its last checkpoint (bit for bit on a CPU), and one proc
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 import math
 import os
 import re
@@ -25,6 +30,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +50,9 @@ SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_for
 RATES = ("learning_rate", "min_lr", "weight_decay")  # chosen for an optimizer, so that they stay with it
 TEXT_FACTS = ("sha256", "train_tokens", "shards")  # of meta.json and a checkpoint: which text, how much of it
 OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
+    "epochs": "--max_iters counts steps; an epoch is train_tokens / (batch_size * block_size) of them",
+    "resume": "the same command typed again resumes",
+    "gpu": "--device=cuda; without it a GPU is taken where torch finds one",
     "lr": "it is --learning_rate",
     "shards": "python prepare.py --dataset=fineweb --shards=N, before",
     "wandb_log": "--tensorboard=True draws curves",
@@ -53,6 +62,9 @@ OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
 # FLOPs of a whole run from which torch.compile pays back. On an H100 it takes 18.5 s at first, and saves 2.5 of the
 # 8.2 ms in which the GPU computes a step of 1.2e12 FLOPs (64 x 256 tokens of the reference model; torch 2.11).
 COMPILE_FROM = 1e16
+# FLOP/s of each thread in training: 2 threads took 1.3 hours for the 1.2e15 of the reference recipe on an AMD EPYC
+# (family 26), 2 hours on an Intel Xeon with AMX (torch 2.13).
+CPU_FLOPS = 1e11
 # Dense bfloat16 FLOP/s, from the makers' data sheets: of cards whose names match the pattern; the first match counts.
 PEAK_FLOPS = {
     "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
@@ -67,13 +79,22 @@ class TrainConfig:
 
     given = frozenset()  # the keys that a recipe or the command sets, filled in by config.read
     other_names = OTHER_NAMES
+    groups = MappingProxyType({
+        "out_dir": "run", "model": "model", "batch_size": "batch and optimizer", "eval_interval": "evaluation",
+        "seed": "machine",
+    })  # fmt: skip
 
     out_dir: str = key("out", "folder for checkpoints and log")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
     init_from: str = key(
         "auto",
-        "auto: resume where out_dir has a checkpoint; scratch; resume; or pretrained weights: gpt2, gpt2-medium, "
-        "gpt2-large, gpt2-xl, a folder in Hugging Face's format, a checkpoint file, nanoGPT's too",
+        "what to start from\n"
+        "auto: out_dir's checkpoint, where there is one, else random weights\n"
+        "resume: out_dir's checkpoint\n"
+        "scratch: random weights; overwrites the run in out_dir\n"
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl: pretrained weights from the Hugging Face hub\n"
+        "FOLDER: weights in Hugging Face's format, or of a run\n"
+        "FILE: a checkpoint, nanoGPT's too",
     )
 
     model: Literal["gpt", "bigram"] = key("gpt", "what to train")
@@ -437,6 +458,11 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
         show(f"{numbers}: the learning rate rises until the end and never decays")
     if state.step >= config.max_iters and not config.eval_only:
         show(f"max_iters ({config.max_iters}) is reached: raise it, or take another --out_dir")
+    left = 1 - state.step / config.max_iters
+    hours = left * flops_of_run(model, config) / (CPU_FLOPS * torch.get_num_threads() * process.world_size * 3600)
+    if hours > 1 and process.device.type == "cpu" and not config.eval_only:
+        small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
+        show(f"this takes hours on a CPU, on one like ours about {hours:,.1f}; {small}")
     return state
 
 
@@ -471,8 +497,13 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
     facts = ("vocab_size", "chars", "json", *TEXT_FACTS)
     wanted |= {name: meta[name] for name in facts if name in meta and found.get(name)}
     if different := changes(found, wanted):
-        advice = "; use another --out_dir, or overwrite this run with --init_from=scratch" if resuming else ""
-        if different.keys() == {"init_from"}:
+        advice = "; use another --out_dir, or overwrite this run with --init_from=scratch"
+        if not resuming and different.keys() & {"vocab_size", "chars", "json"}:
+            tokens = f"{typed('dataset', config.dataset)} --input=FILE {typed('tokenizer', source)}"
+            advice = f"; prepare the text in its tokens: python prepare.py {tokens}"
+        elif not resuming:
+            advice = f"; these weights have a shape: leave out {' '.join(f'--{name}' for name in different)}"
+        elif different.keys() == {"init_from"}:
             advice = "; use another --out_dir, or leave out --init_from to resume this run"
         elif different.keys() == {"optimizer"}:
             own = (typed(name, found[name]) for name in ("optimizer", *RATES) if found[name] != getattr(config, name))
@@ -577,7 +608,6 @@ class Process:
     world_size: int
     device: torch.device
     dtype: torch.dtype
-    patient: dist.ProcessGroup | None = None  # of the same processes, which wait for process 0 as long as it takes
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018).
@@ -605,7 +635,8 @@ class Process:
             except (UserError, OSError) as error:
                 made = [error]
         if self.world_size > 1:
-            dist.broadcast_object_list(made, group=self.patient)
+            # To download 20 GB takes longer than the half hour after which torch takes a process for lost.
+            dist.broadcast_object_list(made, group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
         if isinstance(made[0], Exception):
             raise made[0] if self.rank == 0 or isinstance(made[0], UserError) else UserError(str(made[0]))
         return made[0]
@@ -638,8 +669,7 @@ def join_processes(config: TrainConfig) -> Process:
             place = {"store": store, "rank": rank, "world_size": world_size}
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, **place)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world_size > 1 else None
-    return Process(rank, world_size, device, dtype, patient)
+    return Process(rank, world_size, device, dtype)
 
 
 def was_restarted() -> bool:
@@ -664,9 +694,8 @@ def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Pr
     Compiled first, or torch.compile would break the graph in DistributedDataParallel's own code. It still splits the
     graph at the bounds of DDP's buckets of gradients, so that they are all-reduced during the backward pass.
     """
-    work = flops_per_token(model, config.block_size) * config.batch_size * config.block_size * config.max_iters
     auto = config.compile == "auto" and process.device.type == "cuda"
-    compiling = config.compile is True or (auto and work > COMPILE_FROM)
+    compiling = config.compile is True or (auto and flops_of_run(model, config) > COMPILE_FROM)
     try:
         if compiling:
             torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
@@ -784,9 +813,6 @@ class Log:
         text = f"step {step}/{config.max_iters} | loss {metrics['loss']:.2f} | lr {metrics['lr']:.1e} | "
         text += f"grad {metrics['grad_norm']:.2f} | {speed:,.{int(speed < 10)}f}k tok/s | {mfu}"
         progress.show(f"{text}eta {timedelta(seconds=round(left))}")
-        if len(self.pace) == 4 and left > 3600 and self.process.device.type == "cpu":
-            small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
-            show(f"this will take about {left / 3600:.1f} hours on this CPU; {small}")
 
     def write(self, metrics: dict[str, float]) -> None:
         """Add the row of this step; where a resumed run repeats an evaluation, replace its columns in the old row."""
@@ -819,6 +845,11 @@ def flops_per_token(model: LanguageModel, block_size: int) -> int:
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     attentions = model.config.n_layer if isinstance(model, GPT) else 0
     return 6 * weights + 12 * attentions * block_size * model.config.n_embd
+
+
+def flops_of_run(model: LanguageModel, config: TrainConfig) -> int:
+    tokens = config.batch_size * config.block_size * config.max_iters
+    return flops_per_token(model, config.block_size) * tokens
 
 
 def peak_flops(process: Process) -> float | None:

@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import pickle
@@ -32,6 +33,8 @@ from types import NoneType
 from typing import Any, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
+
+BESIDE = Path(__file__).parent.parent  # the programs; a recipe that is not here may be there
 
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
@@ -94,7 +97,7 @@ def read(schema: type[T], argv: list[str]) -> T:
     The result's attribute `given` holds the names of the keys that a recipe or the command sets.
     """
     keys, other_names = get_type_hints(schema), getattr(schema, "other_names", {})
-    options, rest = parser_of(schema).parse_known_args(argv)
+    options, rest = parser_of(schema).parse_known_args([*with_values(argv, keys)])
     values = {}
     for word in rest:
         if word.startswith("-"):
@@ -115,6 +118,13 @@ def read(schema: type[T], argv: list[str]) -> T:
     return config
 
 
+def with_values(argv: list[str], keys: dict[str, Any]) -> Iterator[str]:
+    """The words of the command; --name of a key that may be True, with no value after it, is --name=True."""
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        allowed = options(keys.get(word.removeprefix("--"))) if word.startswith("--") else []
+        yield f"{word}=True" if bool in allowed and following not in (*BOOLS, *allowed) else word
+
+
 def within(limits: dict[str, float]) -> str:
     return " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
 
@@ -124,20 +134,35 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for part in text.splitlines() for line in super(HelpFormatter, self)._split_lines(part, width)]
+
+
 def parser_of(schema: type) -> Parser:
-    """The parser of the --key=value; it leaves recipes and unknown keys to `read`, values as text."""
+    """The parser of the --key=value; it leaves recipes and unknown keys to `read`, values as text.
+
+    --help begins with the examples of the program's docstring; schema.groups titles groups of keys by their first one.
+    """
+    keys = get_type_hints(schema)
+    examples = re.findall("^    .*", sys.modules[schema.__module__].__doc__ or "", re.MULTILINE)
     parser = Parser(
-        usage="%(prog)s [config/NAME.py ...] [--key=value ...]",
+        usage="\n".join(["%(prog)s [config/NAME.py ...] [--key=value ...]", "", *examples]),
         description=schema.__doc__,
         epilog="A recipe is a Python file that assigns keys; --key=value overrides it. --key value works too.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=120),
     )
+    groups = getattr(schema, "groups", {})
     group = parser.add_argument_group("keys, each with its default")
-    for field, kind in zip(dataclasses.fields(schema), get_type_hints(schema).values(), strict=True):
+    for field in dataclasses.fields(schema):
+        if field.name in groups:
+            group = parser.add_argument_group(groups[field.name])
+        kind = keys[field.name]
         choice = "" if len(options(kind)) == 1 or str in options(kind) else describe(kind)
-        notes = "; ".join(filter(None, (choice, within(field.metadata["limits"]))))
+        limits = {name: limit for name, limit in field.metadata["limits"].items() if limit < 2**63}
+        notes = "; ".join(filter(None, (choice, within(limits))))
         meaning = field.metadata["meaning"] + (f" ({notes})" if notes else "")
         group.add_argument(f"--{field.name}", metavar=str(field.default), help=meaning.replace("%", "%%"))
     return parser
@@ -148,11 +173,18 @@ def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> d
 
     `_after = "NAME.py"` names the recipe beside it that it starts from.
     """
+    if not Path(path).is_file() and (BESIDE / path).is_file():
+        path = str(BESIDE / path)
     if not path.endswith(".py") or not Path(path).is_file():
-        recipes = [file.as_posix() for file in Path("config").rglob("*.py") if file.name != "__init__.py"]
+        files = [file.relative_to(base) for base in (Path(), BESIDE) for file in (base / "config").rglob("*.py")]
+        recipes = [file.as_posix() for file in files if file.name != "__init__.py"]
         problem = f"{path} is neither --key=value nor a recipe (NAME.py)"
         if path.endswith(".py"):
             problem = f"there is no recipe {path}"
+        elif path.partition("=")[0] in keys:
+            problem += f", did you mean --{path}?"
+        elif "input" in keys and Path(path).exists():
+            problem += f", did you mean {typed('input', path)}?"
         raise ConfigError(problem + did_you_mean(path, recipes))
     try:
         names = runpy.run_path(path)

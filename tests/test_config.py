@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,9 @@ def recipe(text, name="recipe.py"):
         (["--compile=True"], {"compile": True}),
         (["--compile=0"], {"compile": False}),
         (["--compile=auto"], {"compile": "auto"}),
+        (["--on", "--size=7"], {"on": True, "size": 7}),
+        (["--size=7", "--compile"], {"compile": True, "size": 7}),
+        (["--on", "False", "--compile", "auto"], {"on": False, "compile": "auto"}),
     ],
 )
 def test_keys_override_defaults(argv, expected):
@@ -125,7 +130,8 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
             "config/lecture/1_bigram is neither --key=value nor a recipe (NAME.py), did you mean "
             "config/lecture/1_bigram.py?",
         ),
-        (["size=3"], "size=3 is neither --key=value nor a recipe (NAME.py)"),
+        (["size=3"], "size=3 is neither --key=value nor a recipe (NAME.py), did you mean --size=3?"),
+        (["what=3"], "what=3 is neither --key=value nor a recipe (NAME.py)"),
         (["shakespeare_char.py"], "there is no recipe shakespeare_char.py, did you mean config/shakespeare_char.py?"),
     ],
 )
@@ -166,9 +172,62 @@ def test_help_prints_every_key_with_default_and_meaning(schema, capsys):
     with pytest.raises(SystemExit) as end:
         read(schema, ["--help"])
     assert end.value.code == 0
-    help = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    help = " ".join(out.split())
     for field in dataclasses.fields(schema):
-        assert f"--{field.name} {field.default} {field.metadata['meaning']}" in help
+        assert f"--{field.name} {field.default} {' '.join(field.metadata['meaning'].split())}" in help
+        for line in field.metadata["meaning"].splitlines():  # a value that has a line keeps it
+            assert re.search(rf"(^|  ){re.escape(line.split(': ')[0])}", out, re.MULTILINE)
+    assert str(2**63) not in help
+    if schema is not Example:  # three examples come before the keys, which are in groups
+        examples = out.index(f"    python {schema.__module__}.py")
+        first_key = out.index(f"\n  --{dataclasses.fields(schema)[0].name} ")
+        assert examples < out.index(schema.__doc__.split(".")[0]) < first_key
+    if schema is TrainConfig:
+        titles = ["run:", "model:", "batch and optimizer:", "evaluation:", "machine:"]
+        assert re.findall(r"^[a-z ]+:$", out, re.MULTILINE) == ["options:", *titles]
+
+
+def test_a_recipe_follows_a_bare_key(folder):
+    name = recipe("size = 3")
+    assert read(Example, ["--on", name, "--compile"]) == Example(size=3, compile=True)
+
+
+def test_a_recipe_beside_the_program_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read(TrainConfig, ["config/lecture/1_bigram.py"]).model == "bigram"
+    Path("config").mkdir()
+    recipe("n_layer = 3", "config/shakespeare_char_cpu.py")  # one's own comes first
+    assert read(TrainConfig, ["config/shakespeare_char_cpu.py"]).n_layer == 3
+    with pytest.raises(ConfigError, match=r"no recipe config/gpt2_125m.py, did you mean config/gpt2_124m.py\?$"):
+        read(TrainConfig, ["config/gpt2_125m.py"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "argv", "hint"),
+    [
+        (PrepareConfig, ["mine.txt"], "did you mean --input=mine.txt?"),
+        (TrainConfig, ["max_iters=100"], "did you mean --max_iters=100?"),
+        (TrainConfig, ["--epochs=3"], "unknown key --epochs: --max_iters counts steps"),
+        (TrainConfig, ["--resume"], "unknown key --resume: the same command typed again resumes"),
+        (TrainConfig, ["--gpu"], "unknown key --gpu: --device=cuda"),
+        (TrainConfig, ["--shards=10"], "unknown key --shards: python prepare.py --dataset=fineweb --shards=N"),
+        (SampleConfig, ["--prompt=a"], "unknown key --prompt: it is --start"),
+        (SampleConfig, ["--length=9"], "unknown key --length: it is --max_new_tokens"),
+    ],
+)
+def test_what_users_of_other_programs_type_has_a_hint(folder, schema, argv, hint):
+    Path("mine.txt").write_text("text")
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        read(schema, argv)
+
+
+@pytest.mark.parametrize("program", ["prepare.py", "train.py", "sample.py"])
+def test_ctrl_c_during_the_imports_shows_no_traceback(folder, program):
+    Path("own").mkdir()
+    Path("own/numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
+    ended = command(program, env=os.environ | {"PYTHONPATH": "own"})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize("program", ["prepare.py", "train.py", "sample.py"])

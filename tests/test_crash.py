@@ -292,7 +292,7 @@ def test_a_run_from_scratch_leaves_nothing_of_another_run_wherever_it_is_killed(
     capsys.readouterr()
     sample.main(["--max_new_tokens=30"])
     captured = capsys.readouterr()
-    assert captured.err == "out/ckpt.pt, step 5\n"
+    assert captured.err == "out/ckpt.pt, step 5, on cpu, float32\n"
     assert set(captured.out) <= set("abc\n")
 
 

@@ -168,11 +168,12 @@ def test_the_cpu_recipe_on_tiny_shakespeare_downloaded_from_loopback(folder, mon
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    prepared = command("prepare.py", f"--url=http://127.0.0.1:{server.server_port}/input.txt")
+    url = f"http://127.0.0.1:{server.server_port}/input.txt"
+    prepared = command("prepare.py", f"--url={url}")
     server.shutdown()
     server.server_close()
     assert prepared.stdout == (
-        "data/shakespeare_char: 65 characters, 1,003,854 train tokens, 111,540 validation tokens\n"
+        f"downloading {url}\ndata/shakespeare_char: 65 characters, 1,003,854 train tokens, 111,540 validation tokens\n"
     )
     trained = command(
         "train.py", "config/shakespeare_char_cpu.py", "--max_iters=100", "--eval_interval=100", "--eval_iters=10"

@@ -210,10 +210,16 @@ def test_a_run_from_scratch_is_not_taken_for_a_fine_tuned_one(gpt2_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 17}, r"gpt2 holds another model .* \(block_size 16 -> 17\)$"),
-        ({"model": "bigram"}, r"gpt2 holds another model .* \(model 'gpt' -> 'bigram'\)$"),
-        ({"n_layer": 4, "bias": False}, r"gpt2 holds another model .* \(n_layer 2 -> 4, bias True -> False\)$"),
-        ({"init_from": "other"}, r"other holds another model .* \(n_layer 1 -> 2, .*vocab_size 300 -> 21\)$"),
+        ({"block_size": 17}, r"gpt2 holds another model .* \(block_size 16 -> 17\); .*: leave out --block_size$"),
+        ({"model": "bigram"}, r"gpt2 holds another model .* \(model 'gpt' -> 'bigram'\); .*: leave out --model$"),
+        (
+            {"n_layer": 4, "bias": False},
+            r"gpt2 holds another model .* \(n_layer 2 -> 4, bias True -> False\); .* --n_layer --bias$",
+        ),
+        (
+            {"init_from": "other"},
+            r"other holds another model .* \(n_layer 1 -> 2, .*vocab_size 300 -> 21\); .* --tokenizer=other$",
+        ),
         ({"init_from": "empty"}, "there is no checkpoint in empty"),
         ({"init_from": "gpt2/config.json"}, r"gpt2/config.json is not a usable checkpoint \(BadZipFile: "),
     ],

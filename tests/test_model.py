@@ -245,6 +245,30 @@ def test_dropout_acts_on_embeddings_attention_and_residual_branches(place, idx):
     assert not torch.allclose(model(idx)[0], model(idx)[0])
 
 
+def test_attention_weights_are_those_that_the_model_computes_with(gpt, monkeypatch):
+    idx = torch.randint(11, (3, 16))
+    calls = []
+
+    def attend(q, k, v, original=torch.nn.functional.scaled_dot_product_attention, **settings):
+        calls.append((v, original(q, k, v, **settings)))
+        return calls[-1][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", attend)
+        gpt(idx)
+    gpt.config.dropout = gpt.transformer.h[0].dropout = gpt.transformer.h[0].attn.dropout = 0.5
+    gpt.train()
+    found = gpt.attention_weights(idx)
+    assert gpt.training
+    assert not found.requires_grad
+    assert found.shape == (2, 3, 4, 16, 16)
+    assert len(calls) == 2
+    for weights, (v, y) in zip(found, calls, strict=True):
+        torch.testing.assert_close(weights @ v, y)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 16))
+        assert not weights.triu(1).any()  # nobody looks ahead
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.75])
 def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
     n = 4_000_003  # no multiple of the four values that share a random number

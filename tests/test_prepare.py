@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import REPOSITORY, SHAKESPEARE, SHARD_TOKENS, command, ok, shard
+from conftest import REPOSITORY, SHAKESPEARE, SHARD_TOKENS, command, ok, shard, train_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -567,6 +568,48 @@ def test_a_file_is_on_disk_before_it_takes_its_name(folder, monkeypatch):
     assert Path("file").read_bytes() == b"new"
 
 
+def test_the_tokens_of_a_model_prepare_a_text_to_train_it_further(dataset):
+    train_here(max_iters=1)
+    vocabulary = load_meta("shakespeare_char")["chars"]
+    Path("mine.txt").write_text(vocabulary[::-1] * 100)
+    for source in ("out", "out/ckpt.pt", "data/shakespeare_char/meta.json"):
+        prepare.main(["--dataset=mine", "--input=mine.txt", f"--tokenizer={source}"])
+        assert load_meta("mine")["chars"] == vocabulary
+        assert decoded("mine") == vocabulary[::-1] * 100
+    train_here(dataset="mine", init_from="out", out_dir="fine", max_iters=1)
+    lines = "import sys, prepare; prepare.main(['--dataset=mine']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", lines], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", b""])
+def test_a_checkpoint_without_a_tokenizer_is_named(folder, content):
+    Path("ckpt.pt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^--tokenizer=ckpt.pt is not usable \("):
+        prepare.main(["--tokenizer=ckpt.pt"])
+
+
+@pytest.mark.parametrize("piece", [7, 2**20])
+def test_characters_that_a_vocabulary_lacks_are_counted_and_can_be_left_out(folder, monkeypatch, capsys, piece):
+    monkeypatch.setattr(prepare, "PIECE", piece)
+    (folder / "known.txt").write_text("abc d" * 100)
+    prepare.main(["--dataset=known", "--input=known.txt"])
+    (folder / "my.txt").write_text("a😀b \u0301c" * 300 + "xyz")
+    argv = ["--dataset=mine", "--input=my.txt", "--tokenizer=data/known/meta.json"]
+    lacks = "the vocabulary lacks 603 of its characters, 'x', 'y', 'z', U+0301, '😀'"
+    with pytest.raises(UserError) as error:
+        prepare.main(argv)
+    assert str(error.value) == (
+        "my.txt cannot be written in these tokens (ValueError: character '😀' at position 1 is not in the vocabulary); "
+        f"{lacks}: --drop_unknown=True leaves them out"
+    )
+    capsys.readouterr()
+    prepare.main([*argv, "--drop_unknown"])
+    assert capsys.readouterr().out.startswith(f"my.txt: {lacks}: left out\n")
+    meta = load_meta("mine")
+    assert decoded("mine") == "ab c" * 300
+    assert (meta["train_tokens"], meta["val_tokens"], meta["val_bytes"]) == (1080, 120, 120)
+
+
 # Mistakes
 
 
@@ -665,6 +708,7 @@ def test_tiny_shakespeare_is_downloaded_once_and_its_hash_checked(folder, server
 def slow_clock(monkeypatch):
     """Ten seconds pass between any two looks at the clock."""
     monkeypatch.setattr(prepare.time, "monotonic", itertools.count(0, 10).__next__)
+    monkeypatch.setattr(prepare.progress, "shown", -math.inf)
 
 
 def test_a_download_says_what_it_does_before_it_tries(folder, server, waits, capsys):

@@ -133,10 +133,10 @@ def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):
 
 def test_the_file_and_the_step_that_are_read_are_told_on_stderr(trained, capsys):
     sample.main(["--max_new_tokens=1"])
-    assert capsys.readouterr().err == "out/best.pt, step 20\n"
+    assert capsys.readouterr().err == "out/best.pt, step 20, on cpu, float32\n"
     Path("out/best.pt").unlink()
     sample.main(["--max_new_tokens=1"])
-    assert capsys.readouterr().err == "out/ckpt.pt, step 20\n"
+    assert capsys.readouterr().err == "out/ckpt.pt, step 20, on cpu, float32\n"
 
 
 def test_the_readmes_lines_of_python_write(trained, capsys):
@@ -224,7 +224,7 @@ def test_samples_alone_are_on_stdout(trained):
     ended = command("sample.py", "--start=the", "--max_new_tokens=10")
     assert ended.returncode == 0
     assert len(ended.stdout) == 14
-    assert ended.stderr == "out/best.pt, step 20\n"
+    assert ended.stderr == "out/best.pt, step 20, on cpu, float32\n"
 
 
 def test_a_tokenizer_that_is_not_supported_is_named(trained):
@@ -261,7 +261,7 @@ def test_any_character_can_be_printed_and_a_closed_pipe_is_quiet(folder):
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         running.stdout.read(1)
         running.stdout.close()
-        assert running.stderr.read() == b"out/best.pt, step 1\n"
+        assert running.stderr.read() == b"out/best.pt, step 1, on cpu, float32\n"
         assert running.wait(60) == 141
 
 

@@ -1093,20 +1093,38 @@ def test_a_run_that_was_never_evaluated_after_step_0_names_no_best_loss(dataset,
     assert "best validation loss" not in capsys.readouterr().out
 
 
-def test_a_long_run_on_a_cpu_says_how_long_and_names_the_small_recipe(dataset, capsys):
-    """By the median of the steps after the first, which is slower."""
-    train_here(max_iters=4, log_interval=1)
-    assert "on this CPU" not in capsys.readouterr().out
+def test_a_long_run_on_a_cpu_says_so_before_its_first_evaluation_and_names_the_small_recipe(
+    dataset, capsys, monkeypatch
+):
+    train_here(max_iters=4)
+    assert "hours" not in capsys.readouterr().out
     settings = config(max_iters=36_004)
-    state = train.State(GPT(settings.model_config(5)), None, None, {})
-    log = train.Log(settings, state, ALONE)
-    for seconds in (100, 1, 1, 20, 1):
-        state.step += 1
-        log.since -= seconds
-        log.show(log.measure(2.0, 1.0))
-        log.start_clock()
-    small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
-    assert f"this will take about 10.0 hours on this CPU; {small}\n" == capsys.readouterr().out
+    work = train.flops_of_run(GPT(settings.model_config(21)), settings)
+    monkeypatch.setattr(train, "CPU_FLOPS", work / torch.get_num_threads() / 3600 / 10)
+    monkeypatch.setattr(train, "evaluate", lambda *_: pytest.exit("too late", 1))
+    for max_iters, hours in ((36_004, "10.0"), (18_002, "5.0")):
+        with pytest.raises(pytest.exit.Exception):
+            train_here(max_iters=max_iters, out_dir=f"out/{max_iters}")
+        small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
+        assert f"this takes hours on a CPU, on one like ours about {hours}; {small}\n" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_way_that_works(dataset):
+    """Another vocabulary: prepare the text in the weights' tokens. Another shape: leave it to them."""
+    train_here(max_iters=1)
+    Path("mine.txt").write_text("fair land " * 500)
+    prepare.main(["--dataset=mine", "--input=mine.txt"])
+    fine = {"init_from": "out/best.pt", "out_dir": "fine", "max_iters": 1}
+    with pytest.raises(ConfigError) as error:
+        train_here(**fine, dataset="mine")
+    way = "python prepare.py --dataset=mine --input=FILE --tokenizer=out/best.pt"
+    assert re.fullmatch(
+        rf"out/best.pt holds another model .* \(vocab_size .*\); .* in its tokens: {way}", str(error.value)
+    )
+    prepare.main(way.replace("FILE", "mine.txt").split()[2:])
+    with pytest.raises(ConfigError, match=r"\(n_layer 2 -> 3, n_embd 32 -> 64\); .*: leave out --n_layer --n_embd$"):
+        train_here(**fine, dataset="mine", n_layer=3, n_embd=64)
+    train_here(**fine, dataset="mine")
 
 
 def shown(text):
@@ -1410,7 +1428,7 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         (["--out_dir="], "out_dir is empty: it must name a folder"),
         (["--gradient_accumulation_steps=3"],
          "batch_size (32) must be divisible by the number of processes (1) x gradient_accumulation_steps (3)"),
-        (["--device=gpu"], "device 'gpu' is not available; available: cpu"),
+        (["--device=gpu"], "device 'gpu' is not available; available: cpu; a GPU is called cuda"),
         (["--device=cpu", "--dtype=float16"],
          "float16 needs the loss scaling of a cuda device, found cpu; use bfloat16 or float32"),
         (["--dtype=float64"], "--dtype must be auto, float32, bfloat16 or float16, found 'float64'"),
@@ -1478,7 +1496,7 @@ def test_a_text_that_cannot_be_shown_is_one_line(dataset):
     train_here(max_iters=1)
     ended = subprocess.run(f"{sys.executable} {REPOSITORY / 'sample.py'} >/dev/full", shell=True, capture_output=True)
     assert ended.returncode == 1
-    assert ended.stderr == b"out/best.pt, step 1\nsample.py: [Errno 28] No space left on device\n"
+    assert ended.stderr == b"out/best.pt, step 1, on cpu, float32\nsample.py: [Errno 28] No space left on device\n"
 
 
 def test_a_name_that_is_no_utf8_may_be_written_to(dataset):
