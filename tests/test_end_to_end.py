@@ -64,6 +64,22 @@ def test_the_lines_of_the_readme_draw_the_curve(dataset):
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_lines_of_the_readme_draw_attention_and_show_surprise(dataset):
+    text = "But soft, what light through yonder window breaks?"
+    Path("mine.txt").write_text(f"{text}\n" * 300)
+    prepare.main(["--input=mine.txt"])
+    train_here(out_dir="out/shakespeare_char_cpu", block_size=64, max_iters=200, learning_rate=1e-2)
+    [lines] = re.findall(r"^```python\n(import matplotlib.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "agg"}
+    argv = [sys.executable, "-c", lines]
+    ended = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True)
+    assert Path("attention.png").read_bytes().startswith(b"\x89PNG")
+    characters, losses = ended.stdout.splitlines()
+    assert characters == text[1:]
+    assert len(losses) == len(characters) and losses.isdecimal()
+    assert losses.count("0") > len(text) / 2  # the text is learned by heart
+
+
 def test_neither_home_nor_stdin_nor_assertions_are_needed_and_other_modules_do_not_disturb(dataset):
     """-O leaves assertions out; the user has a module that is called as one of ours."""
     Path("own").mkdir()
