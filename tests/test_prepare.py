@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from conftest import REPOSITORY, SHAKESPEARE, SHARD_TOKENS, command, ok, shard, train_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -581,11 +582,20 @@ def test_the_tokens_of_a_model_prepare_a_text_to_train_it_further(dataset):
     subprocess.run([sys.executable, "-c", lines], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
 
 
-@pytest.mark.parametrize("content", [b"no checkpoint", b""])
-def test_a_checkpoint_without_a_tokenizer_is_named(folder, content):
-    Path("ckpt.pt").write_bytes(content)
+class Hostile:
+    def __reduce__(self):
+        return (open, ("code_was_run", "w"))
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", b"", {"model": 1}, {"tokenizer": Hostile()}])
+def test_a_checkpoint_without_a_usable_tokenizer_is_named_and_runs_no_code(folder, content):
+    if isinstance(content, bytes):
+        Path("ckpt.pt").write_bytes(content)
+    else:
+        torch.save(content, "ckpt.pt")
     with pytest.raises(ConfigError, match=r"^--tokenizer=ckpt.pt is not usable \("):
         prepare.main(["--tokenizer=ckpt.pt"])
+    assert not Path("code_was_run").exists()
 
 
 @pytest.mark.parametrize("piece", [7, 2**20])
@@ -866,6 +876,7 @@ def test_fineweb_is_its_shards_one_after_another(hub, capsys):
     fineweb(3)
     meta = check_fineweb(3)
     assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"]) == ("gpt2", 50257, 501 + 502 + 503)
+    assert meta["sha256"] == hashlib.sha256(b"3 shards" + SHARD_TOKENS[0].tobytes()).hexdigest()
     assert hub.asked == [0, 1, 2, 3]
     assert files(Path.cwd()) == [
         f"data/fineweb/{name}" for name in ("meta.json", "shards.json", "train.bin", "val.bin")
@@ -886,11 +897,15 @@ def test_all_shards_of_fineweb_are_the_default_and_their_size_is_said_first(hub,
     assert capsys.readouterr().out.startswith("data/fineweb: downloading 20.8 GB, of FineWeb's 103 shards 103\n")
 
 
-def test_a_shard_that_breaks_off_is_downloaded_again(hub, waits):
+def test_a_shard_that_breaks_off_is_downloaded_again_and_counted_once(hub, waits, monkeypatch):
+    meters, make = [], prepare.Meter
+    monkeypatch.setattr(prepare, "Meter", lambda *arguments: meters.append(make(*arguments)) or meters[0])
+    monkeypatch.setattr(prepare, "PIECE", 100)
     hub.broken = (1, 2)
     fineweb(2)
     check_fineweb(2)
     assert waits == [1, 2] * 3
+    assert meters[0].done == sum(len(hub.bodies[number]) for number in range(3))
 
 
 def test_an_interrupted_download_of_fineweb_resumes_after_the_last_whole_shard(hub, waits):
@@ -935,6 +950,15 @@ def test_a_kill_while_fineweb_grows_leaves_the_smaller_dataset_whole(hub, monkey
     assert len(hub.asked) <= 2
     assert 1 not in hub.asked
     assert Path("data/fineweb/train.bin").stat().st_ino == inode  # no second copy
+
+
+def test_shards_that_train_bin_has_lost_are_downloaded_again(hub):
+    fineweb(3)
+    os.truncate("data/fineweb/train.bin", 2 * 501 + 7)
+    hub.asked.clear()
+    fineweb(3)
+    check_fineweb(3)
+    assert hub.asked == [2, 3]
 
 
 def test_what_a_killed_download_has_left_of_a_shard_is_dropped(hub):
