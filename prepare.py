@@ -26,7 +26,7 @@ import sysconfig
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -92,12 +92,12 @@ class PrepareConfig:
     def __post_init__(self):
         dataset_folder(self.dataset)
         own = self.input or self.url or self.tokenizer not in ("auto", "gpt2")
-        if self.dataset == "fineweb" and (own or self.val_fraction != PrepareConfig.val_fraction):
+        if self.dataset == "fineweb" and (own or self.drop_unknown or self.val_fraction != PrepareConfig.val_fraction):
             raise ValueError("fineweb is ready made, in GPT-2's tokens: take another --dataset for a text of your own")
         if self.shards and self.dataset != "fineweb":
             raise ValueError(f"shards needs --dataset=fineweb, found --dataset={self.dataset}")
         if self.tokenizer == "auto":
-            self.tokenizer = "gpt2" if self.dataset.endswith(("_gpt2", "fineweb")) else "char"
+            self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
         if self.tokenizer not in ("char", "bpe", "gpt2"):
             with explained(f"--tokenizer={self.tokenizer} is not usable", kind=ConfigError):
                 tokenizer_facts(Path(self.tokenizer))
@@ -380,10 +380,18 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     n_shards = config.shards or SHARDS
     with explained(f"{record} is damaged", f"; remove it and {train}"):
         counts = json.loads(record.read_bytes()) if record.exists() else []
+        if not isinstance(counts, list) or any(type(count) is not int or count <= 0 for count in counts):
+            raise ValueError("it must hold the number of tokens of each shard")
         while 2 * sum(counts) > (train.stat().st_size if train.exists() else 0):
             counts.pop()
-    if train.exists() and not record.exists():
-        raise UserError(f"{train} has other tokens than FineWeb's: move it away")
+    if not record.exists():
+        if train.exists() or val.exists():
+            raise UserError(f"{folder} has tokens but no shards.json, which says of what: move {train} and {val} away")
+        with replacing(record) as file:
+            file.write(b"[]")
+    with suppress(UserError, KeyError, FileNotFoundError):
+        if val.stat().st_size != 2 * load_meta(config.dataset)["val_tokens"]:
+            val.unlink()  # it is damaged
     missing = max(0, n_shards - len(counts)) + (not val.exists())
     needed, free = (missing + 1) * SHARD_BYTES * bool(missing), shutil.disk_usage(folder).free
     if needed > free:
@@ -413,7 +421,7 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
 
 def add_shard(name: str, file: IO[bytes], folder: Path, meter: Meter) -> int:
     """Download a shard and append its tokens to `file`; returns how many. Raises UserError for a damaged one."""
-    hub, path = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), folder / name
+    hub, path = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), folder / "shard.bin"
     url = f"{hub}/datasets/{FINEWEB}/resolve/main/{name}"
     advice = "; the same command tries again, from this shard on"
     try:

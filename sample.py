@@ -91,13 +91,14 @@ def main(argv: list[str]) -> None:
     source = config.init_from or config.out_dir
     model, checkpoint = open_model(source)
     tokenizer = tokenizer_for(model, checkpoint, source)
+    which = f"{checkpoint_in(source)}, step {checkpoint['step']}" if checkpoint else source
     if config.save_pretrained:
+        put(f"{which}\n", sys.stderr)
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
     idx = prompt(config.start, tokenizer).to(device).repeat(config.num_samples, 1)  # (num_samples, T)
     if device.index:
         torch.cuda.set_device(device)  # choose_dtype asks about this one
     dtype = choose_dtype(config.dtype, device)
-    which = f"{checkpoint_in(source)}, step {checkpoint['step']}" if checkpoint else source
     put(f"{which}, on {device}, {str(dtype).removeprefix('torch.')}\n", sys.stderr)
     model.to(device, dtype)
     generator = torch.Generator(device).manual_seed(config.seed)

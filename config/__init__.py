@@ -119,10 +119,10 @@ def read(schema: type[T], argv: list[str]) -> T:
 
 
 def with_values(argv: list[str], keys: dict[str, Any]) -> Iterator[str]:
-    """The words of the command; --name of a key that may be True, with no value after it, is --name=True."""
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        allowed = options(keys.get(word.removeprefix("--"))) if word.startswith("--") else []
-        yield f"{word}=True" if bool in allowed and following not in (*BOOLS, *allowed) else word
+    """The words of the command; --name of a key that may be True, before a key, a recipe or the end, is --name=True."""
+    switches = {f"--{name}" for name, kind in keys.items() if bool in options(kind)}
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        yield f"{word}=True" if word in switches and re.match(r"-|.*\.py$", following) else word
 
 
 def within(limits: dict[str, float]) -> str:
@@ -148,14 +148,14 @@ def parser_of(schema: type) -> Parser:
     examples = re.findall("^    .*", sys.modules[schema.__module__].__doc__ or "", re.MULTILINE)
     parser = Parser(
         usage="\n".join(["%(prog)s [config/NAME.py ...] [--key=value ...]", "", *examples]),
-        description=schema.__doc__,
+        description=f"{schema.__doc__} Each key stands with its default:",
         epilog="A recipe is a Python file that assigns keys; --key=value overrides it. --key value works too.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=120),
     )
     groups = getattr(schema, "groups", {})
-    group = parser.add_argument_group("keys, each with its default")
+    group = parser.add_argument_group("keys")
     for field in dataclasses.fields(schema):
         if field.name in groups:
             group = parser.add_argument_group(groups[field.name])

@@ -118,6 +118,7 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["--size=nan"], "--size must be a whole number, found 'nan'"),
         (["--rate=fast"], "--rate must be a number, found 'fast'"),
         (["--on=yes"], "--on must be True/False, found 'yes'"),
+        (["--on", "yes"], "--on must be True/False, found 'yes'"),
         (["--limit=x"], "--limit must be a whole number or None, found 'x'"),
         (["--mode=slow"], "--mode must be fast or safe, found 'slow'"),
         (["--compile=maybe"], "--compile must be auto or True/False, found 'maybe'"),

@@ -1058,17 +1058,34 @@ def test_what_fineweb_does_not_take_is_refused(folder, argv, message):
 
 def test_tokens_of_another_origin_are_not_overwritten_by_fineweb(hub):
     Path("data/fineweb").mkdir(parents=True)
-    Path("data/fineweb/train.bin").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"data/fineweb/train.bin has other tokens than FineWeb's: move it away"):
-        fineweb(1)
-    assert Path("data/fineweb/train.bin").read_bytes() == b"mine"
+    for name in ("train.bin", "val.bin"):
+        path = Path("data/fineweb", name)
+        path.write_bytes(b"mine")
+        with pytest.raises(
+            UserError, match=r"data/fineweb has tokens but no shards.json, .* move .*train.bin and .*val"
+        ):
+            fineweb(1)
+        assert path.read_bytes() == b"mine"
+        path.unlink()
 
 
-def test_a_damaged_record_of_shards_is_named(hub):
+@pytest.mark.parametrize("content", ["[5", "{}", "[-5]", "[1.5]", "[0, 0]", "[true]"])
+def test_a_damaged_record_of_shards_is_named(hub, content):
     fineweb(1)
-    Path("data/fineweb/shards.json").write_text("[5")
-    with pytest.raises(UserError, match=r"data/fineweb/shards.json is damaged \(JSONDecodeError: .*; remove it and "):
+    before = Path("data/fineweb/train.bin").read_bytes()
+    Path("data/fineweb/shards.json").write_text(content)
+    with pytest.raises(UserError, match=r"data/fineweb/shards.json is damaged \(\w+Error: .*; remove it and "):
         fineweb(1)
+    assert Path("data/fineweb/train.bin").read_bytes() == before
+
+
+def test_a_damaged_validation_shard_of_fineweb_is_made_anew(hub):
+    fineweb(1)
+    os.truncate("data/fineweb/val.bin", 400)
+    hub.asked.clear()
+    fineweb(1)
+    check_fineweb(1)
+    assert hub.asked == [0]
 
 
 # The standard library
