@@ -179,13 +179,16 @@ def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> d
         files = [file.relative_to(base) for base in (Path(), BESIDE) for file in (base / "config").rglob("*.py")]
         recipes = [file.as_posix() for file in files if file.name != "__init__.py"]
         problem = f"{path} is neither --key=value nor a recipe (NAME.py)"
+        hint = did_you_mean(path, recipes)
         if path.endswith(".py"):
             problem = f"there is no recipe {path}"
         elif path.partition("=")[0] in keys:
-            problem += f", did you mean --{path}?"
+            hint = f", did you mean --{path}?"
         elif "input" in keys and Path(path).exists():
-            problem += f", did you mean {typed('input', path)}?"
-        raise ConfigError(problem + did_you_mean(path, recipes))
+            hint = f", did you mean {typed('input', path)}?"
+        elif "out_dir" in keys and Path(path).is_dir():
+            hint = f", did you mean {typed('out_dir', path)}?"
+        raise ConfigError(problem + hint)
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:

@@ -209,6 +209,7 @@ def test_a_recipe_beside_the_program_is_found_from_another_folder(tmp_path, monk
     [
         (PrepareConfig, ["mine.txt"], "did you mean --input=mine.txt?"),
         (TrainConfig, ["max_iters=100"], "did you mean --max_iters=100?"),
+        (SampleConfig, ["out/shakespeare_char_cpu"], "(NAME.py), did you mean --out_dir=out/shakespeare_char_cpu?"),
         (TrainConfig, ["--epochs=3"], "unknown key --epochs: --max_iters counts steps"),
         (TrainConfig, ["--resume"], "unknown key --resume: the same command typed again resumes"),
         (TrainConfig, ["--gpu"], "unknown key --gpu: --device=cuda"),
@@ -219,6 +220,7 @@ def test_a_recipe_beside_the_program_is_found_from_another_folder(tmp_path, monk
 )
 def test_what_users_of_other_programs_type_has_a_hint(folder, schema, argv, hint):
     Path("mine.txt").write_text("text")
+    Path("out/shakespeare_char_cpu").mkdir(parents=True)
     with pytest.raises(ConfigError, match=re.escape(hint)):
         read(schema, argv)
 
@@ -360,7 +362,7 @@ def test_each_rung_of_the_lecture_adds_its_idea_to_the_last(monkeypatch):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 16, 32])
-def test_gpt2_124m_divides_among_any_gpus(monkeypatch, world_size):
+def test_gpt2_124m_divides_among_powers_of_two(monkeypatch, world_size):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     config = read(TrainConfig, ["config/gpt2_124m.py"])
