@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MAX_LOGITS = 2**28  # in memory at a time, where the loss is wanted without them: a gigabyte of float32
+MAX_LOGITS = 2**28  # of float32 in memory at a time, where the loss is wanted without them: a gigabyte
 TENSOR_CORES = ("cuda",)  # devices whose matrix products are fast at widths that are multiples of 64
 
 
@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
         `idx` and `targets` are token ids (B, T), T at most block_size; the targets are the inputs shifted by one, so
         that every position is a training example. Returns the logits (B, T, vocab_size) and the mean cross-entropy in
         nats per token, or None without targets. need_logits=False: None and the same loss, computed a few sequences at
-        a time: of a large vocabulary, neither logits nor their gradients are then all in memory at once.
+        a time: of a large vocabulary, neither float32 logits nor gradients are then all in memory at once.
         """
         x = self.hidden(idx)
         if targets is None or need_logits:
@@ -199,8 +199,8 @@ class LanguageModel(nn.Module):
         rows = max(1, MAX_LOGITS // (idx.size(1) * self.config.vocab_size))
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         # A chunk's logits are kept, in autocast's dtype; the backward pass computes their float32 softmax again.
-        settings = {"use_reentrant": False, "preserve_rng_state": False}
-        loss = partial(checkpoint, cross_entropy, **settings) if len(idx) > rows else cross_entropy
+        again = partial(checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False)
+        loss = again if len(idx) > rows else cross_entropy
         return None, sum(loss(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
 
     @torch.no_grad()

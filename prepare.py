@@ -737,7 +737,7 @@ class Tokens:
         self.n_bytes = meta.get(f"{split}_bytes")  # of its text, where that is known
         with explained(f"{self.path} is damaged", "; prepare.py makes it anew"):
             promised = meta.get(f"{split}_tokens")
-            growing = split == "train" and "shards" in meta  # by shards that do not count yet
+            growing = split == "train" and "shards" in meta  # train.bin may hold more shards than count
             self.ids = np.memmap(self.path, TOKEN, "r", 0, promised if growing else None)  # refuses half a token
             if promised not in (None, len(self)):
                 raise ValueError(f"it holds {len(self)} tokens, meta.json promises {promised}")

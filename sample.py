@@ -37,6 +37,7 @@ from config import ConfigError, UserError, did_you_mean, explained, key, put, re
 from model import GPT, MODELS, GPTConfig, LanguageModel, load_weights
 from prepare import (
     END,
+    GPT2_FACTS,
     Tokenizer,
     dataset_folder,
     decoded_stream,
@@ -242,7 +243,7 @@ def from_nanogpt(theirs: dict) -> dict:
         shape = shape | {"vocab_size": 50257}
         weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
     path = dataset_folder(dataset) / "meta.json"
-    meta = load_meta(dataset) if path.exists() else {"tokenizer": "gpt2", "vocab_size": 50257}
+    meta = load_meta(dataset) if path.exists() else GPT2_FACTS
     if meta["vocab_size"] != shape["vocab_size"]:
         problem = f"{path} has {meta['vocab_size']}" if path.exists() else f"{path} is missing"
         way = f"python prepare.py {typed('dataset', dataset)} --input=FILE makes it from the text it was trained on"

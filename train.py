@@ -848,8 +848,7 @@ def flops_per_token(model: LanguageModel, block_size: int) -> int:
 
 
 def flops_of_run(model: LanguageModel, config: TrainConfig) -> int:
-    tokens = config.batch_size * config.block_size * config.max_iters
-    return flops_per_token(model, config.block_size) * tokens
+    return flops_per_token(model, config.block_size) * config.batch_size * config.block_size * config.max_iters
 
 
 def peak_flops(process: Process) -> float | None:
