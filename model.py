@@ -50,6 +50,11 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout}")
 
+    def require_gpt2(self) -> None:
+        """Raises ValueError where a part of GPT-2 is left out."""
+        if not (self.feed_forward and self.residual and self.layer_norm):
+            raise ValueError("only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm")
+
 
 class KVCache:
     """Keys and values of the tokens that one attention layer has read, so that generating reads each token once."""
@@ -78,11 +83,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor
     with dropout a quarter (16 x 6 x 256 x 64, torch 2.13), but keep B * n_head matrices of T x T in memory. In float32
     without dropout the fused call is faster, by a tenth.
     """
-    weights = dropout(attention_weights(q, k), p_dropout)
+    weights = dropout(causal_weights(q, k), p_dropout)
     return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(q.shape)
 
 
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+def causal_weights(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_size), future masked): (B, n_head, T, T) of two (B, n_head, T, head_size).
 
     Masked, because a token must not see the answer; divided, because a sum of head_size products would otherwise grow
@@ -349,7 +354,7 @@ class GPT(LanguageModel):
         x = model.embed(idx)
         for block in model.transformer.h:
             q, k, _ = block.attn.qkv(block.ln_1(x))
-            weights.append(attention_weights(q, k))
+            weights.append(causal_weights(q, k))
             x = block(x)
         return torch.stack(weights)
 
@@ -393,8 +398,7 @@ class GPT(LanguageModel):
         from safetensors.torch import save_file
 
         config = self.config
-        if not (config.feed_forward and config.residual and config.layer_norm):
-            raise ValueError("only a whole GPT can be saved as GPT-2, with feed_forward, residual and layer_norm")
+        config.require_gpt2()
         shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         ends = {"bos_token_id": end, "eos_token_id": end}

@@ -123,8 +123,7 @@ def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
         if (folder / "meta.json").exists() and not overwrite:
             return
         facts = download_fineweb(config, folder) if config.dataset == "fineweb" else tokenize(config, folder)
-        with replacing(folder / "meta.json") as file:
-            file.write(json.dumps(facts, indent=1).encode())
+        write_json(folder / "meta.json", facts)
     kind = "characters" if facts["tokenizer"] == "char" else "tokens"
     sizes = f"{facts['train_tokens']:,} train tokens, {facts['val_tokens']:,} validation tokens"
     show(f"{folder}: {facts['vocab_size']:,} {kind}, {sizes}")
@@ -387,8 +386,7 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     if not record.exists():
         if train.exists() or val.exists():
             raise UserError(f"{folder} has tokens but no shards.json, which says of what: move {train} and {val} away")
-        with replacing(record) as file:
-            file.write(b"[]")
+        write_json(record, [])
     with suppress(UserError, KeyError, FileNotFoundError):
         if val.stat().st_size != 2 * load_meta(config.dataset)["val_tokens"]:
             val.unlink()  # it is damaged
@@ -397,32 +395,27 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     if needed > free:
         raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f}: try fewer --shards")
     if missing:
-        show(f"{folder}: downloading {missing * SHARD_BYTES / 1e9:.1f} GB, of FineWeb's {SHARDS} shards {n_shards}")
+        show(f"{folder}: {n_shards} of FineWeb's {SHARDS} shards, {missing * SHARD_BYTES / 1e9:.1f} GB to download")
     meter = Meter("downloading FineWeb", missing * SHARD_BYTES)
     if not val.exists():
         with replacing(val) as file:
             add_shard("fineweb_val_000000.bin", file, folder, meter)
-    while True:
-        with replacing(record) as file:
-            file.write(json.dumps(counts).encode())
-        if len(counts) >= n_shards:
-            break
+    write_json(record, counts)
+    while len(counts) < n_shards:
         with named(train), open(train, "ab") as file:
             file.truncate(2 * sum(counts))
             counts.append(add_shard(f"fineweb_train_{len(counts) + 1:06}.bin", file, folder, meter))
             flush_to_disk(file)
+        write_json(record, counts)
     digest = hashlib.sha256(f"{n_shards} shards".encode())
-    with open(val, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
+    digest.update(np.memmap(val, mode="r"))
     sizes = {"train_tokens": sum(counts[:n_shards]), "val_tokens": val.stat().st_size // 2, "shards": n_shards}
     return GPT2_FACTS | sizes | {"sha256": digest.hexdigest(), "source": f"huggingface.co/datasets/{FINEWEB}"}
 
 
 def add_shard(name: str, file: IO[bytes], folder: Path, meter: Meter) -> int:
     """Download a shard and append its tokens to `file`; returns how many. Raises UserError for a damaged one."""
-    hub, path = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), folder / "shard.bin"
-    url = f"{hub}/datasets/{FINEWEB}/resolve/main/{name}"
+    path, url = folder / "shard.bin", f"{hub()}/datasets/{FINEWEB}/resolve/main/{name}"
     advice = "; the same command tries again, from this shard on"
     try:
         download(url, path, advice, meter)
@@ -468,6 +461,11 @@ def named(path: Path) -> Iterator[None]:
             if isinstance(cause, OSError) and cause.errno and not cause.filename:
                 raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def flush_to_disk(file: IO[bytes]) -> None:
@@ -668,6 +666,10 @@ def tokenizer_of(facts: dict) -> Tokenizer:
         return SubwordTokenizer("gpt2", tokenizers.Tokenizer.from_pretrained("gpt2"))
 
 
+def hub() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
 def quiet_hub(needed: bool) -> None:
     """Before transformers is imported: no warnings, no bars and, where the Hugging Face hub is away, no attempts."""
     import requests
@@ -676,7 +678,7 @@ def quiet_hub(needed: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         if needed:
-            requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
+            requests.head(hub(), timeout=5)
     except requests.RequestException:
         os.environ["HF_HUB_OFFLINE"] = "1"  # from its cache, or an error at once, not after 24 seconds
 

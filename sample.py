@@ -19,6 +19,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
 import ctypes
 import json
 import math
+import os
 import re
 import zipfile
 from contextlib import AbstractContextManager
@@ -124,6 +125,8 @@ def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
         if start.startswith("FILE:"):
             text = "".join(read_pieces(Path(start.removeprefix("FILE:")).expanduser()))
         else:
+            if os.path.isfile(start):
+                put(f"{start} is a file; {typed('start', f'FILE:{start}')} continues its text\n", sys.stderr)
             text = re.sub(r"\\([n\\])", lambda typed: "\n" if typed[1] == "n" else "\\", start)
         return encoded(text, tokenizer)
     except (UserError, OSError, ValueError, RuntimeError) as error:  # the last: ~ without a home
@@ -267,6 +270,7 @@ def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) ->
     if tokenizer.end is not None:
         facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
     with explained(f"cannot write {folder}"):
+        model.config.require_gpt2()  # before anything is replaced
         folder.mkdir(parents=True, exist_ok=True)
         library = tokenizer.to_library()
         library.save(str(folder / "tokenizer.json"))

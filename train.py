@@ -30,7 +30,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -79,12 +78,8 @@ class TrainConfig:
 
     given = frozenset()  # the keys that a recipe or the command sets, filled in by config.read
     other_names = OTHER_NAMES
-    groups = MappingProxyType({
-        "out_dir": "run", "model": "model", "batch_size": "batch and optimizer", "eval_interval": "evaluation",
-        "seed": "machine",
-    })  # fmt: skip
 
-    out_dir: str = key("out", "folder for checkpoints and log")
+    out_dir: str = key("out", "folder for checkpoints and log", "run")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
     init_from: str = key(
         "auto",
@@ -97,7 +92,7 @@ class TrainConfig:
         "FILE: a checkpoint, nanoGPT's too",
     )
 
-    model: Literal["gpt", "bigram"] = key("gpt", "what to train")
+    model: Literal["gpt", "bigram"] = key("gpt", "what to train", "model")
     n_layer: int = key(6, "blocks", least=0)
     n_head: int = key(6, "attention heads in each block", least=1)
     n_embd: int = key(384, "channels", least=1)
@@ -108,7 +103,9 @@ class TrainConfig:
     residual: bool = key(True, "residual connections")
     layer_norm: bool = key(True, "layer norms")
 
-    batch_size: int = key(32, "sequences in one optimizer step, over all processes together", least=1)
+    batch_size: int = key(
+        32, "sequences in one optimizer step, over all processes together", "batch and optimizer", least=1
+    )
     gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share", least=1)
     optimizer: Literal["adamw", "muon"] = key(
         "muon", "muon: Muon for the blocks' matrices, AdamW for the rest; adamw wants lower learning rates"
@@ -124,12 +121,12 @@ class TrainConfig:
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
 
-    eval_interval: int = key(250, "steps between evaluations, each of which writes a checkpoint", least=1)
+    eval_interval: int = key(250, "steps between evaluations, each of which writes a checkpoint", "evaluation", least=1)
     eval_iters: int = key(0, "batches of each evaluation; 0: the whole validation split", least=0)
     eval_only: bool = key(False, "evaluate once and end, writing nothing")
     log_interval: int = key(10, "steps between rows of log.csv", least=1)
 
-    seed: int = key(1337, "of initial weights, batches and dropout", least=0, below=2**63)
+    seed: int = key(1337, "of initial weights, batches and dropout", "machine", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"

@@ -39,6 +39,8 @@ BESIDE = Path(__file__).parent.parent  # the programs; a recipe that is not here
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
+# A word alone is probably the value of the first of these that the program has and whose test it passes.
+BARE_WORDS = {"input": os.path.exists, "out_dir": os.path.isdir, "dataset": "fineweb".__eq__, "start": bool}
 OUT_OF_MEMORY = "MemoryError|out of memory|allocate memory|bad_alloc"
 # What torch raises when something outside the program fails, and what to tell the user.
 BREAKDOWNS = {
@@ -86,9 +88,12 @@ def typed(name: str, value: object) -> str:
     return f"--{name}={shlex.quote(str(value))}"
 
 
-def key(default: Any, meaning: str, **limits: float) -> Any:
-    """A field of a program's dataclass. Limits of a number: `least` or `above`, `most` or `below`."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "limits": limits})
+def key(default: Any, meaning: str, group: str | None = None, **limits: float) -> Any:
+    """A field of a program's dataclass. Limits of a number: `least` or `above`, `most` or `below`.
+
+    group: --help's title of the keys from this one on.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "group": group, "limits": limits})
 
 
 def read(schema: type[T], argv: list[str]) -> T:
@@ -142,7 +147,7 @@ class HelpFormatter(argparse.HelpFormatter):
 def parser_of(schema: type) -> Parser:
     """The parser of the --key=value; it leaves recipes and unknown keys to `read`, values as text.
 
-    --help begins with the examples of the program's docstring; schema.groups titles groups of keys by their first one.
+    --help begins with the examples of the program's docstring.
     """
     keys = get_type_hints(schema)
     examples = re.findall("^    .*", sys.modules[schema.__module__].__doc__ or "", re.MULTILINE)
@@ -154,11 +159,10 @@ def parser_of(schema: type) -> Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=120),
     )
-    groups = getattr(schema, "groups", {})
     group = parser.add_argument_group("keys")
     for field in dataclasses.fields(schema):
-        if field.name in groups:
-            group = parser.add_argument_group(groups[field.name])
+        if title := field.metadata["group"]:
+            group = parser.add_argument_group(title)
         kind = keys[field.name]
         choice = "" if len(options(kind)) == 1 or str in options(kind) else describe(kind)
         limits = {name: limit for name, limit in field.metadata["limits"].items() if limit < 2**63}
@@ -184,10 +188,10 @@ def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> d
             problem = f"there is no recipe {path}"
         elif path.partition("=")[0] in keys:
             hint = f", did you mean --{path}?"
-        elif "input" in keys and Path(path).exists():
-            hint = f", did you mean {typed('input', path)}?"
-        elif "out_dir" in keys and Path(path).is_dir():
-            hint = f", did you mean {typed('out_dir', path)}?"
+        elif name := next((name for name, fits in BARE_WORDS.items() if name in keys and fits(path)), None):
+            hint = f", did you mean {typed(name, path)}?"
+        elif Path(path).is_file():
+            hint = f"; python prepare.py --dataset=NAME {typed('input', path)} makes a dataset of it"
         raise ConfigError(problem + hint)
     try:
         names = runpy.run_path(path)
@@ -205,6 +209,8 @@ def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> d
     if unknown := names.keys() - own - keys.keys():
         name = min(unknown)
         hint = meant(name, keys, other_names) or "; names of your own begin with _"
+        if "start" in keys and "out_dir" in names:
+            hint = f": is it a recipe of train.py? {typed('out_dir', names['out_dir'])} names its run"
         raise ConfigError(f"{path}: unknown key {name}{hint}")
     values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
     if "_after" not in names:
@@ -269,6 +275,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         silence(sys.stdout)
         status = 128 + 13
     except KeyboardInterrupt:
+        put("\n" * rewritable(sys.stderr), sys.stderr)  # what stands there, a sample perhaps, stays
         say(UserError("interrupted; nothing that was saved is lost"))
         status = 128 + 2
     except (UserError, OSError) as error:

@@ -209,7 +209,16 @@ def test_a_recipe_beside_the_program_is_found_from_another_folder(tmp_path, monk
     [
         (PrepareConfig, ["mine.txt"], "did you mean --input=mine.txt?"),
         (TrainConfig, ["max_iters=100"], "did you mean --max_iters=100?"),
+        (PrepareConfig, ["fineweb"], "did you mean --dataset=fineweb?"),
+        (TrainConfig, ["mine.txt"], "; python prepare.py --dataset=NAME --input=mine.txt makes a dataset of it"),
+        (TrainConfig, ["shakespeare_char"], "did you mean config/shakespeare_char.py?"),
         (SampleConfig, ["out/shakespeare_char_cpu"], "(NAME.py), did you mean --out_dir=out/shakespeare_char_cpu?"),
+        (SampleConfig, ["ROMEO: what"], "(NAME.py), did you mean --start='ROMEO: what'?"),
+        (
+            SampleConfig,
+            ["config/lecture/1_bigram.py"],
+            ": is it a recipe of train.py? --out_dir=out/lecture/1_bigram names",
+        ),
         (TrainConfig, ["--epochs=3"], "unknown key --epochs: --max_iters counts steps"),
         (TrainConfig, ["--resume"], "unknown key --resume: the same command typed again resumes"),
         (TrainConfig, ["--gpu"], "unknown key --gpu: --device=cuda"),
@@ -231,6 +240,20 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(folder, program):
     Path("own/numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
     ended = command(program, env=os.environ | {"PYTHONPATH": "own"})
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_in_a_terminal_leaves_the_text_that_stands_on_its_last_line(capsys, monkeypatch):
+    def main(argv):
+        print("half a li", end="")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("config.rewritable", lambda stream: True)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 130
+    out, errors = capsys.readouterr()
+    assert out == "half a li"
+    assert re.fullmatch(r"\n(\r\x1b\[K)?.*: interrupted; nothing that was saved is lost\n", errors)
 
 
 @pytest.mark.parametrize("program", ["prepare.py", "train.py", "sample.py"])

@@ -882,7 +882,7 @@ def test_fineweb_is_its_shards_one_after_another(hub, capsys):
         f"data/fineweb/{name}" for name in ("meta.json", "shards.json", "train.bin", "val.bin")
     ]
     assert capsys.readouterr().out == (
-        "data/fineweb: downloading 0.0 GB, of FineWeb's 103 shards 3\n"
+        "data/fineweb: 3 of FineWeb's 103 shards, 0.0 GB to download\n"
         "data/fineweb: 50,257 tokens, 1,506 train tokens, 500 validation tokens\n"
     )
 
@@ -894,7 +894,7 @@ def test_all_shards_of_fineweb_are_the_default_and_their_size_is_said_first(hub,
     prepare.main(["--dataset=fineweb"])
     assert hub.asked == [*range(104)]
     assert load_meta("fineweb")["shards"] == 103
-    assert capsys.readouterr().out.startswith("data/fineweb: downloading 20.8 GB, of FineWeb's 103 shards 103\n")
+    assert capsys.readouterr().out.startswith("data/fineweb: 103 of FineWeb's 103 shards, 20.8 GB to download\n")
 
 
 def test_a_shard_that_breaks_off_is_downloaded_again_and_counted_once(hub, waits, monkeypatch):

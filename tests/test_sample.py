@@ -112,6 +112,18 @@ def test_the_prompt_may_come_from_a_file_and_be_longer_than_the_context(trained,
     assert text == say(capsys, "--start=FILE:prompt.txt")
 
 
+def test_a_file_that_is_named_without_its_prefix_is_told(trained, capsys):
+    Path("and the").write_text("queen")
+    sample.main(["--start=and the", "--max_new_tokens=1"])
+    out, errors = capsys.readouterr()
+    assert out.startswith("and the")
+    assert errors.startswith("and the is a file; --start='FILE:and the' continues its text\n")
+    sample.main(["--start=FILE:and the", "--max_new_tokens=1"])
+    out, errors = capsys.readouterr()
+    assert out.startswith("queen")
+    assert "is a file" not in errors
+
+
 def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):
     Path("mine.txt").write_text("the king\n" * 500)
     prepare.main(["--dataset=mine", "--input=mine.txt"])
