@@ -58,7 +58,9 @@ TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # of meta.json; 
 class SampleConfig:
     """Continue a text with a trained model."""
 
-    other_names = MappingProxyType({"prompt": "it is --start", "length": "it is --max_new_tokens"})
+    other_names = MappingProxyType({
+        "prompt": "it is --start", "length": "it is --max_new_tokens", "compile": "only train.py compiles",
+    })  # fmt: skip
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
     init_from: str | None = key(

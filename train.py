@@ -54,7 +54,7 @@ OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
     "gpu": "--device=cuda; without it a GPU is taken where torch finds one",
     "lr": "it is --learning_rate",
     "shards": "python prepare.py --dataset=fineweb --shards=N, before",
-    "wandb_log": "--tensorboard=True draws curves",
+    **dict.fromkeys(("wandb_log", "wandb_project", "wandb_run_name"), "--tensorboard=True draws curves"),
     "always_save_checkpoint": "every evaluation writes ckpt.pt",
     "backend": "it is nccl on GPUs, gloo on CPUs",
 }

@@ -242,6 +242,26 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(folder, program):
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
+@pytest.mark.parametrize(
+    ("schema", "names"),
+    [
+        (
+            TrainConfig,
+            "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log "
+            "wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head "
+            "n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters "
+            "lr_decay_iters min_lr backend device dtype compile",
+        ),
+        (
+            SampleConfig,
+            "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile",
+        ),
+    ],
+)
+def test_every_key_of_nanogpt_is_known_or_explained(schema, names):
+    assert {*names.split()} <= {field.name for field in dataclasses.fields(schema)} | schema.other_names.keys()
+
+
 def test_ctrl_c_in_a_terminal_leaves_the_text_that_stands_on_its_last_line(capsys, monkeypatch):
     def main(argv):
         print("half a li", end="")
