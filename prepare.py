@@ -607,7 +607,10 @@ def tokenizer_facts(path: Path) -> dict:
         if file.suffix == ".pt" and file.is_file():
             import torch
 
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["tokenizer"]
+            checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            if "tokenizer" not in checkpoint:  # nanoGPT's
+                raise ConfigError(f"{file} does not say what its tokens mean: take gpt2 or its dataset's meta.json")
+            return checkpoint["tokenizer"]
     if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():  # an older format
         quiet_hub(needed=False)
         import transformers

@@ -606,6 +606,18 @@ def test_a_checkpoint_of_nanogpt_whose_characters_are_not_known_is_refused(datas
         sample.main(["--out_dir=."])
 
 
+def test_a_checkpoint_of_nanogpt_names_no_tokenizer_and_its_meta_json_does(dataset):
+    nanogpt("nano/ckpt.pt")
+    Path("more.txt").write_text("the king " * 50)
+    argv = ["--dataset=more", "--input=more.txt", "--tokenizer"]
+    with pytest.raises(
+        ConfigError, match=r"^nano/ckpt.pt does not say what its tokens mean: take gpt2 or its dataset's"
+    ):
+        prepare.main([*argv, "nano"])
+    prepare.main([*argv, "data/shakespeare_char/meta.json"])
+    train_here(init_from="nano", dataset="more", max_iters=1)
+
+
 def test_a_checkpoint_of_nanogpt_of_another_text_is_refused(dataset):
     nanogpt("nano/ckpt.pt", vocab_size=65)
     with pytest.raises(UserError, match=r"of nanoGPT has 65 tokens, but data/shakespeare_char/meta.json has 21: "):
