@@ -57,23 +57,22 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens that one attention layer has read, so that generating reads each token once."""
+    """Keys and values of the tokens that one attention layer has read, so that the next token is all it must read."""
 
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0
-        self.keys = self.values = None
+        self.kv = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, n_head, T, head_size) of T new tokens; return those of all tokens so far."""
-        if self.keys is None:
+        if self.kv is None:
             B, n_head, _, head_size = k.shape
-            self.keys = k.new_empty(B, n_head, self.max_length, head_size)
-            self.values = torch.empty_like(self.keys)
+            self.kv = k.new_empty(2, B, n_head, self.max_length, head_size)
         new = slice(self.length, self.length + k.size(2))
-        self.keys[:, :, new], self.values[:, :, new] = k, v
+        self.kv[0, :, :, new], self.kv[1, :, :, new] = k, v
         self.length = new.stop
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.kv[:, :, :, : self.length].unbind()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, p_dropout: float = 0.0) -> Tensor:
@@ -109,7 +108,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     random_bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
     random_bits = random_bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * (random_bits >= round(p * 2**16) - 2**15).to(x.dtype) / (1 - p)
+    return x * (random_bits >= min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.dtype) / (1 - p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -204,9 +203,9 @@ class LanguageModel(nn.Module):
         rows = max(1, MAX_LOGITS // (idx.size(1) * self.config.vocab_size))
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         # A chunk's logits are kept, in autocast's dtype; the backward pass computes their float32 softmax again.
-        again = partial(checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False)
-        loss = again if len(idx) > rows else cross_entropy
-        return None, sum(loss(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
+        recomputed = partial(checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False)
+        chunk_loss = recomputed if len(idx) > rows else cross_entropy
+        return None, sum(chunk_loss(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
 
     @torch.no_grad()
     def initialize(self):
@@ -249,7 +248,7 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx: Tensor, max_new_tokens: int, stride: int | None = None, *choice: object) -> Iterator[Tensor]:
-        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice` is passed to `sample_token`.
+        """As `generate`, but yield each new token (B, 1) as it is drawn; `choice`: `sample_token`'s other arguments.
 
         Weights must not change before the last token. The tokens are inference tensors: to train on them, clone them.
         """
@@ -280,7 +279,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw one token (B, 1) from each row of logits (B, vocab_size), as `generate` says."""
+    """Draw one token (B, 1) from each row of logits (B, vocab_size), as `generate` says. Raises ValueError."""
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, tokens, vocab_size = logits.float() / temperature, None, logits.size(-1)
@@ -341,7 +342,10 @@ class GPT(LanguageModel):
         return dropout(x, self.config.dropout * self.training)
 
     def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
-        """Token ids (B, T) from position `start` on -> what the model makes of them (B, T, C)."""
+        """Token ids (B, T) from position `start` on -> what the model makes of them (B, T, C).
+
+        caches: one for each block, of the tokens before `start`; unless they are empty, T must be 1.
+        """
         x = self.embed(idx, start)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, caches[layer] if caches else None)

@@ -35,7 +35,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import ConfigError, UserError, explained, key, progress, read, rewritable, run, show
+from config import ConfigError, UserError, explained, key, progress, read, rewritable, run, show, typed
 
 try:
     import fcntl
@@ -79,15 +79,11 @@ class PrepareConfig:
         "bpe: frequent strings, learned from the text\n"
         "gpt2: GPT-2's 50,257 tokens\n"
         "FOLDER or FILE: the tokens of a checkpoint, to train it further; of a tokenizer.json; of another meta.json\n"
-        "auto: gpt2 for a dataset whose name ends so, else char",
+        "auto: gpt2 for a dataset whose name ends in _gpt2, else char",
     )
     drop_unknown: bool = key(False, "leave out the characters of the text that --tokenizer lacks")
-    vocab_size: int | None = key(
-        None, "tokens that --tokenizer=bpe learns, each byte being one; None: 512", least=256, most=MAX_VOCAB_SIZE
-    )
-    shards: int | None = key(
-        None, "of --dataset=fineweb, each of 100 million tokens and 200 MB; None: all", least=1, most=SHARDS
-    )
+    vocab_size: int | None = key(None, "of bpe, each byte being a token; None: 512", least=256, most=MAX_VOCAB_SIZE)
+    shards: int | None = key(None, "of fineweb, each of 100 million tokens, 200 MB; None: all", least=1, most=SHARDS)
 
     def __post_init__(self):
         dataset_folder(self.dataset)
@@ -152,6 +148,9 @@ def dataset_folder(dataset: str) -> Path:
 
 def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """Write input.txt, train.bin and val.bin of a text; returns what meta.json says of them."""
+    before = {}
+    with suppress(UserError, FileNotFoundError):  # damaged, or the first text
+        before = load_meta(config.dataset)
     text, source = fetch(config, folder / "input.txt")
     try:
         counts = count_characters(text)
@@ -159,6 +158,8 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
         facts = encode_file(tokenizer, text, config, counts)
     finally:
         (folder / "joined.txt").unlink(missing_ok=True)
+    if before.get("sha256", facts["sha256"]) != facts["sha256"]:
+        show(f"{folder}: the text before, of {before.get('source')}, is replaced")
     return tokenizer.facts | facts | {"source": source}
 
 
@@ -197,7 +198,8 @@ def given_text(config: PrepareConfig, path: Path) -> Path:
         return given
     texts = sorted(path for path in given.iterdir() if path.suffix.lower() == ".txt") if given.is_dir() else [given]
     if not given.exists() or not texts:
-        raise ConfigError(f"--input: there is no {'.txt file in' if given.exists() else 'file'} {given}")
+        hint = f", did you mean {typed('url', config.input)}?" if "://" in config.input else ""
+        raise ConfigError(f"--input: there is no {'.txt file in' if given.exists() else 'file'} {config.input}{hint}")
     show(f"{given}: {len(texts)} .txt files" if given.is_dir() else f"{given}: read until it ends")
     with replacing(path) as file:
         for text in texts:
@@ -332,7 +334,8 @@ def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, count
     """
     folder = dataset_folder(config.dataset)
     unknown = np.flatnonzero(counts * tokenizer.lacks).tolist()
-    lacking = f"the vocabulary lacks {counts[unknown].sum():,} of its characters, {', '.join(map(shown, unknown[:8]))}"
+    lacking = f"the vocabulary lacks {counts[unknown].sum():,} of its {counts.sum():,} characters: "
+    lacking += ", ".join(map(shown, unknown[:8]))
     advice = f"; {lacking}: --drop_unknown=True leaves them out" if unknown else ""
     if unknown and config.drop_unknown:
         show(f"{text}: {lacking}: left out")
@@ -362,8 +365,8 @@ def encode_file(tokenizer: "Tokenizer", text: Path, config: PrepareConfig, count
             with open(text, "rb") as given, replacing(folder / "input.txt") as file:
                 shutil.copyfileobj(given, file, PIECE)
         (folder / "meta.json").unlink(missing_ok=True)  # until the new one, the folder is not complete
-    counts = {f"{split}_tokens": n for split, n in n_tokens.items()}
-    return counts | {"val_bytes": val_bytes, "sha256": digest.hexdigest()}
+    sizes = {f"{split}_tokens": n for split, n in n_tokens.items()}
+    return sizes | {"val_bytes": val_bytes, "sha256": digest.hexdigest()}
 
 
 # FineWeb

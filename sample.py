@@ -34,21 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import prepare
 from config import ConfigError, UserError, did_you_mean, explained, key, put, read, run, typed
 from model import GPT, MODELS, GPTConfig, LanguageModel, load_weights
-from prepare import (
-    END,
-    GPT2_FACTS,
-    Tokenizer,
-    dataset_folder,
-    decoded_stream,
-    first_token,
-    load_meta,
-    quiet_hub,
-    read_pieces,
-    tokenizer_facts,
-    tokenizer_of,
-)
+from prepare import Tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # of meta.json; a checkpoint has them, too
@@ -59,13 +48,12 @@ class SampleConfig:
     """Continue a text with a trained model."""
 
     other_names = MappingProxyType({
-        "prompt": "it is --start", "length": "it is --max_new_tokens", "compile": "only train.py compiles",
+        "prompt": "it is --start", "length": "it is --max_new_tokens", "model": "it is --init_from",
+        "checkpoint": "it is --init_from", "compile": "only train.py compiles",
     })  # fmt: skip
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
-    init_from: str | None = key(
-        None, "instead of out_dir's: gpt2, gpt2-medium, ..., a folder in Hugging Face's format, a checkpoint"
-    )
+    init_from: str | None = key(None, "instead: gpt2, gpt2-medium, ..., a folder of Hugging Face's, a checkpoint")
     save_pretrained: str | None = key(None, "write the model to this folder in Hugging Face's format, and no text")
     start: str | None = key(
         None, r"text to continue (\n: newline, \\: backslash), or FILE:path of it; None: a newline, else token 0"
@@ -75,7 +63,7 @@ class SampleConfig:
     temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token", least=0)
     top_k: int | None = key(None, "choose among the k likeliest tokens only", least=1)
     top_p: float | None = key(None, "choose among the fewest tokens with this total probability", above=0, most=1)
-    stop_at_end: bool = key(True, f"end a text at {END}, where the tokenizer has it as a token of its own")
+    stop_at_end: bool = key(True, f"end a text at {prepare.END}, where the tokenizer has it as a token of its own")
     seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
@@ -110,7 +98,7 @@ def main(argv: list[str]) -> None:
     end = tokenizer.end if config.stop_at_end else None
     if config.num_samples == 1:  # appears as it is made
         new = takewhile(lambda id: id != end, (token.item() for token in stream))
-        for text in decoded_stream(tokenizer, chain(idx[0].tolist(), new)):
+        for text in prepare.decoded_stream(tokenizer, chain(idx[0].tolist(), new)):
             print(text, end="", flush=True)
         print()
     else:
@@ -122,14 +110,14 @@ def main(argv: list[str]) -> None:
 def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
     """Token ids (1, T) of what --start says. Raises ConfigError for a text that cannot be read or encoded."""
     if start is None:
-        return torch.tensor([[first_token(tokenizer)]])
+        return torch.tensor([[prepare.first_token(tokenizer)]])
     try:
         if start.startswith("FILE:"):
-            text = "".join(read_pieces(Path(start.removeprefix("FILE:")).expanduser()))
+            text = "".join(prepare.read_pieces(Path(start.removeprefix("FILE:")).expanduser()))
         else:
             if os.path.isfile(start):
                 put(f"{start} is a file; {typed('start', f'FILE:{start}')} continues its text\n", sys.stderr)
-            text = re.sub(r"\\([n\\])", lambda typed: "\n" if typed[1] == "n" else "\\", start)
+            text = re.sub(r"\\([n\\])", lambda match: "\n" if match[1] == "n" else "\\", start)
         return encoded(text, tokenizer)
     except (UserError, OSError, ValueError, RuntimeError) as error:  # the last: ~ without a home
         raise ConfigError(f"--start: {error}") from None
@@ -167,8 +155,8 @@ def tokenizer_for(model: LanguageModel, checkpoint: dict, source: str | Path) ->
     with explained(f"{source} has no usable tokenizer"):
         facts = checkpoint.get("tokenizer", {"tokenizer": "gpt2"})
         if not checkpoint and Path(source).exists():
-            facts = tokenizer_facts(Path(source))
-        tokenizer = tokenizer_of(facts)
+            facts = prepare.tokenizer_facts(Path(source))
+        tokenizer = prepare.tokenizer_of(facts)
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
     return tokenizer
@@ -182,7 +170,7 @@ def open_model(source: str | Path, dropout: float = 0.0) -> tuple[LanguageModel,
     """
     path = checkpoint_in(source)
     if path is None:
-        quiet_hub(needed=not Path(source).exists())
+        prepare.quiet_hub(needed=not Path(source).exists())
         with explained(f"cannot load {source}", "" if Path(source).exists() else "; a folder needs no network"):
             return GPT.from_pretrained(source, dropout), {}
     with usable(path):
@@ -247,8 +235,8 @@ def from_nanogpt(theirs: dict) -> dict:
     if shape["vocab_size"] == 50304:  # GPT-2's 50,257 tokens rounded up for speed: the rest never occurs
         shape = shape | {"vocab_size": 50257}
         weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
-    path = dataset_folder(dataset) / "meta.json"
-    meta = load_meta(dataset) if path.exists() else GPT2_FACTS
+    path = prepare.dataset_folder(dataset) / "meta.json"
+    meta = prepare.load_meta(dataset) if path.exists() else prepare.GPT2_FACTS
     if meta["vocab_size"] != shape["vocab_size"]:
         problem = f"{path} has {meta['vocab_size']}" if path.exists() else f"{path} is missing"
         way = f"python prepare.py {typed('dataset', dataset)} --input=FILE makes it from the text it was trained on"
@@ -270,11 +258,12 @@ def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) ->
         raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.end is not None:
-        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), prepare.END)
     with explained(f"cannot write {folder}"):
         model.config.require_gpt2()  # before anything is replaced
         folder.mkdir(parents=True, exist_ok=True)
         library = tokenizer.to_library()
+        (folder / "config.json").unlink(missing_ok=True)  # it is written last: a folder that has one is complete
         library.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(facts))
         model.save_pretrained(folder, tokenizer.end)

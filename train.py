@@ -103,13 +103,9 @@ class TrainConfig:
     residual: bool = key(True, "residual connections")
     layer_norm: bool = key(True, "layer norms")
 
-    batch_size: int = key(
-        32, "sequences in one optimizer step, over all processes together", "batch and optimizer", least=1
-    )
+    batch_size: int = key(32, "sequences in one step, over all processes together", "batch and optimizer", least=1)
     gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share", least=1)
-    optimizer: Literal["adamw", "muon"] = key(
-        "muon", "muon: Muon for the blocks' matrices, AdamW for the rest; adamw wants lower learning rates"
-    )
+    optimizer: Literal["adamw", "muon"] = key("muon", "muon: for the blocks' matrices; adamw wants lower rates")
     learning_rate: float = key(8e-3, "peak learning rate", least=0)
     min_lr: float = key(0.0, "learning rate at the end of the decay", least=0)
     warmup_iters: int = key(50, "steps of linear warm-up", least=0)
@@ -131,10 +127,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"
     )
-    compile: Literal["auto"] | bool = key(
-        "auto",
-        "torch.compile the model; auto: on cuda, for runs long enough; for shorter ones of one process, CUDA graphs",
-    )
+    compile: Literal["auto"] | bool = key("auto", "torch.compile; auto: on cuda, for long runs, else CUDA graphs")
     deterministic: bool = key(False, "repeat a run bit for bit on cuda, too; slower")
     tensorboard: bool = key(False, "also write curves and samples for TensorBoard to out_dir")
 
@@ -169,6 +162,7 @@ class TrainConfig:
 def main(argv: list[str]) -> int | None:
     """Train; returns the exit status of a run that a signal stopped."""
     config = read(TrainConfig, argv)
+    scratch = config.init_from == "scratch"  # typed now; a resumed run gets what it began with
     process = join_processes(config)
     meta = process.on_rank_0(prepared, config.dataset)
     with ExitStack() as until_the_end:
@@ -198,15 +192,20 @@ def main(argv: list[str]) -> int | None:
             if logging or showing or stop:
                 # Raises where a loss is not finite, before anything is written.
                 metrics = log.measure(*checked(pending, state, config, process)) if pending else {}
-                if evaluating:
-                    metrics |= evaluate(state, splits, config, process)
-                if process.rank == 0:  # in this order: what a kill leaves out, the resumed run does
-                    if logging and metrics:
+                # In this order: what a kill leaves out, the resumed run does.
+                if metrics and process.rank == 0:
+                    if logging:
                         log.write(metrics)
-                    if evaluating or stop:
+                    if evaluation_due or stop:  # before the evaluation: who stops a run may not wait for its end
                         state.save("ckpt.pt", config)
-                    if metrics.get("val_loss") == state.best_val_loss:
-                        state.save("best.pt", config)
+                if evaluating:
+                    losses = evaluate(state, splits, config, process)
+                    metrics |= losses
+                    if process.rank == 0:
+                        log.write(losses)
+                        if losses["val_loss"] == state.best_val_loss:
+                            state.save("ckpt.pt", config)
+                            state.save("best.pt", config)
                 log.show(metrics)
                 if evaluating and last:
                     break
@@ -221,7 +220,6 @@ def main(argv: list[str]) -> int | None:
             pending.append(train_step(model, state, splits["train"], config, process))
             state.step += 1
     if stop:
-        scratch = config.init_from == "scratch" and "init_from" in config.given
         again = "the same command without --init_from" if scratch else "the same command"
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
         return 128 + stop
@@ -337,7 +335,7 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
     """
     n_tokens = min(n_tokens, len(tokens) - 1)
     length = config.block_size
-    at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens: so many short blocks as fill the device
+    at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens that fill the device, however short the blocks
     rows = max(config.micro_batch_size(process.world_size), at_once // length)
     starts = np.arange(0, n_tokens - length + 1, length)
     groups = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
@@ -392,11 +390,16 @@ class State:
     best_tokens: int | None = None  # how many validation tokens best_val_loss was measured on
 
     def save(self, name: str, config: TrainConfig) -> None:
-        """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir."""
+        """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir.
+
+        Weights that are not finite are not saved: the evaluation that follows stops the run.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            return
         checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
         checkpoint |= {name: getattr(self, name) for name in ("step", "best_val_loss", "best_step", "best_tokens")}
-        checkpoint |= {"config": asdict(config), **{name: self.meta[name] for name in TEXT_FACTS if name in self.meta}}
-        checkpoint["tokenizer"] = {name: self.meta[name] for name in TOKENIZER_FACTS if name in self.meta}
+        checkpoint |= {"config": asdict(config), **{fact: self.meta[fact] for fact in TEXT_FACTS if fact in self.meta}}
+        checkpoint["tokenizer"] = {fact: self.meta[fact] for fact in TOKENIZER_FACTS if fact in self.meta}
         if name == "ckpt.pt":
             checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         with replacing(config.path(name)) as file:
@@ -404,17 +407,15 @@ class State:
 
     def restore(self, checkpoint: dict) -> None:
         """Set optimizer, scaler and step to the checkpoint's. Raises ValueError where they do not fit the weights."""
-        step, scaler = checkpoint["step"], checkpoint["scaler"]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler:
+        if scaler := checkpoint["scaler"]:
             if shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
                 raise ValueError(f"its scaler is {short(scaler)}")
             self.scaler.load_state_dict(scaler)
-        for name in ("best_step", "best_tokens"):
-            if not isinstance(number := checkpoint[name], int | None):
+        for name in ("step", "best_val_loss", "best_step", "best_tokens"):
+            if not isinstance(number := checkpoint[name], int | float | None):
                 raise ValueError(f"its {name} is {short(number)}")
             setattr(self, name, number)
-        self.step, self.best_val_loss = step, checkpoint["best_val_loss"]
 
 
 def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
@@ -443,11 +444,12 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     if source == path:
         with usable(path):
             state.restore(checkpoint)
-        known = {name: value for name, value in asdict(config).items() if name in checkpoint["config"]}
-        changed = ", ".join(changes(checkpoint["config"], known).values())
+        changed = ", ".join(changes(checkpoint["config"], asdict(config)).values())
         show(f"resuming from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
     elif source:
         show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
+    elif config.eval_only:
+        show(f"there is no {path}: these are losses of random weights")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     show(f"{n_parameters / 1e6:.2f}M parameters on {process}")
     if config.warmup_iters >= config.max_iters and not config.eval_only:
@@ -517,16 +519,16 @@ def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoin
 
 
 def changes(old: dict, new: dict) -> dict[str, str]:
-    """What differs, in few words, by name: {"dropout": "dropout 0.1 -> 0.2"}."""
-    different = {name: value for name, value in new.items() if repr(old.get(name)) != repr(value)}
-    return {name: f"{name} {short(old.get(name))} -> {short(value)}" for name, value in different.items()}
+    """What differs of what both have, in few words, by name: {"dropout": "dropout 0.1 -> 0.2"}."""
+    different = {name: value for name, value in new.items() if name in old and repr(old[name]) != repr(value)}
+    return {name: f"{name} {short(old[name])} -> {short(value)}" for name, value in different.items()}
 
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019), with weight decay on matrices only, not on gains and biases.
 
     optimizer="muon": the matrices inside the blocks step along their momentum made orthogonal (Jordan et al., 2024): no
-    direction dominates then. A step is as large as AdamW's, so that the same learning rate fits (Liu et al., 2025).
+    direction dominates then. Its size is that of AdamW's step (Liu et al., 2025); yet the best rates are higher here.
 
     Of torch.optim this calls a function, for its classes import torch.compile's machinery, which took 4.6 of the 13.3
     seconds before the first step of the reference run on an H100 (torch 2.11).
@@ -720,7 +722,7 @@ def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Cal
             return self.model(x, y, need_logits=False)[1]
 
     x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=process.device)
-    # It tells of a wait between streams that autograd arranges itself.
+    # torch warns of a wait between streams, which autograd itself arranges.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     with process.autocast():
         loss = torch.cuda.make_graphed_callables(Loss(), (x, x.clone()))
@@ -780,7 +782,7 @@ class Log:
         self.since_step, self.since = self.state.step, time.perf_counter()
 
     def seconds(self) -> float:
-        """Of the whole run: all its starts together."""
+        """Of the whole run: this start, and the earlier ones up to their last row in log.csv."""
         return time.perf_counter() - self.started
 
     def cost(self) -> str:
@@ -816,8 +818,8 @@ class Log:
         step = self.state.step
         row = {"step": step, "seconds": round(self.seconds(), 3)} | self.rows.get(step, {}) | {"bits_per_byte": ""}
         row |= {name: f"{value:.7g}" for name, value in metrics.items()}
-        if step in self.rows:
-            self.rows[step] = row
+        repeated, self.rows[step] = step in self.rows, row
+        if repeated:
             self.replace_rows()
         else:
             with open(self.path, "a") as file:

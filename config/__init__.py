@@ -40,7 +40,10 @@ BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, 
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
 # A word alone is probably the value of the first of these that the program has and whose test it passes.
-BARE_WORDS = {"input": os.path.exists, "out_dir": os.path.isdir, "dataset": "fineweb".__eq__, "start": bool}
+BARE_WORDS = {
+    "input": os.path.exists, "out_dir": os.path.isdir, "dataset": "fineweb".__eq__,
+    "init_from": re.compile(r".*\.pt").fullmatch, "start": bool,
+}  # fmt: skip
 OUT_OF_MEMORY = "MemoryError|out of memory|allocate memory|bad_alloc"
 # What torch raises when something outside the program fails, and what to tell the user.
 BREAKDOWNS = {
@@ -197,7 +200,7 @@ def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> d
         names = runpy.run_path(path)
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
     own = {name for name in names if name.startswith("_")}

@@ -157,6 +157,7 @@ def test_mistakes_in_the_command(folder, argv, message):
         ("import nowhere", "recipe.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
         ("size = [6]", "recipe.py: size must be a whole number, found [6]"),
         ("small = 3", "recipe.py: unknown key small: it is --size"),
+        ("import sys\nsys.exit(0)", "recipe.py, line 2: SystemExit: 0"),
         ("other = 5\nanother = 6", "recipe.py: unknown key another; names of your own begin with _"),
         ("_after = 3", "recipe.py: _after must name another recipe beside it, found 3"),
         ("_after = 'recipe.py'", "recipe.py: _after must name another recipe beside it, found 'recipe.py'"),
@@ -213,6 +214,8 @@ def test_a_recipe_beside_the_program_is_found_from_another_folder(tmp_path, monk
         (TrainConfig, ["mine.txt"], "; python prepare.py --dataset=NAME --input=mine.txt makes a dataset of it"),
         (TrainConfig, ["shakespeare_char"], "did you mean config/shakespeare_char.py?"),
         (SampleConfig, ["out/shakespeare_char_cpu"], "(NAME.py), did you mean --out_dir=out/shakespeare_char_cpu?"),
+        (SampleConfig, ["out/none/ckpt.pt"], "(NAME.py), did you mean --init_from=out/none/ckpt.pt?"),
+        (SampleConfig, ["--model=out"], "unknown key --model: it is --init_from"),
         (SampleConfig, ["ROMEO: what"], "(NAME.py), did you mean --start='ROMEO: what'?"),
         (
             SampleConfig,

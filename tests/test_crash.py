@@ -253,6 +253,17 @@ def test_a_run_stopped_before_an_evaluation_and_killed_in_it_misses_neither_row_
     assert all(row["loss"] and row["val_loss"] for row in rows() if row["step"] in ("10", "20"))
 
 
+def test_a_kill_in_an_evaluation_loses_no_step(dataset):
+    """Who sends SIGTERM sends SIGKILL soon, and an evaluation may take longer."""
+    train_until(train, "evaluate", lambda state, *_: state.step == 10)
+    assert checkpoint()["step"] == 10
+    assert rows()[-1]["step"] == "10" and rows()[-1]["loss"]
+    train_here()
+    train_here(out_dir="whole")
+    assert_same_end("out", "whole")
+    assert all(row["loss"] for row in rows()[1:])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_an_evaluation_leaves_its_checkpoint_and_takes_no_further_step(dataset, monkeypatch, number):
     def signalled(state, *rest, original=train.evaluate):
@@ -380,8 +391,9 @@ def test_a_run_from_scratch_that_is_stopped_says_how_to_go_on(dataset, capsys, m
     monkeypatch.setattr(train.StopSignals, "received", signal.SIGTERM)
     assert train.main(tiny(init_from="scratch")) == 143
     assert "; the same command without --init_from resumes from there" in capsys.readouterr().out
-    assert train.main(tiny()) == 143
-    assert "; the same command resumes from there" in capsys.readouterr().out
+    for resumed in (tiny(), tiny(init_from="auto")):
+        assert train.main(resumed) == 143
+        assert "; the same command resumes from there" in capsys.readouterr().out
 
 
 def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop_the_run(dataset, monkeypatch, capsys):

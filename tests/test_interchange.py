@@ -514,6 +514,16 @@ def test_what_went_out_comes_back(dataset, capsys):
     train_here(init_from="hf", out_dir="again", max_iters=5)
 
 
+def test_an_export_that_is_interrupted_leaves_no_model_beside_the_tokenizer_of_another(dataset, monkeypatch):
+    train_here(max_iters=1)
+    sample.main(["--save_pretrained=hf"])
+    assert Path("hf/config.json").exists()
+    monkeypatch.setattr(GPT, "save_pretrained", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(["--save_pretrained=hf"])
+    assert not Path("hf/config.json").exists()  # without which nothing opens the folder
+
+
 def test_an_export_names_its_dropout_for_who_fine_tunes_it(folder):
     """Left out, they would be GPT-2's 0.1."""
     for dropout in (0.0, 0.3):

@@ -284,6 +284,10 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
         assert abs((dropped[lag:] * dropped[:-lag]).mean().item()) <= error
 
 
+def test_the_largest_share_that_dropout_may_drop_is_not_taken_for_none():
+    assert (dropout(torch.ones(100_000), 1 - 2**-18) == 0).float().mean() > 0.999
+
+
 def test_dropout_drops_gradients_where_it_drops_values_and_repeats_with_the_seed():
     x = torch.randn(64, 64, requires_grad=True)
     torch.manual_seed(3)
@@ -428,6 +432,12 @@ def test_the_same_generator_gives_the_same_text(gpt, idx):
 def test_an_empty_prompt_is_refused(gpt, idx):
     with pytest.raises(ValueError, match="at least one token"):
         gpt.generate(idx[:, :0], 1)
+
+
+@pytest.mark.parametrize("choice", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_a_choice_of_tokens_without_meaning_is_refused(gpt, idx, choice):
+    with pytest.raises(ValueError, match=r"^temperature must be at least 0, top_k at least 1, top_p above 0 and at"):
+        gpt.generate(idx, 1, **choice)
 
 
 def test_the_model_needs_nothing_but_torch():

@@ -605,7 +605,7 @@ def test_characters_that_a_vocabulary_lacks_are_counted_and_can_be_left_out(fold
     prepare.main(["--dataset=known", "--input=known.txt"])
     (folder / "my.txt").write_text("a😀b \u0301c" * 300 + "xyz")
     argv = ["--dataset=mine", "--input=my.txt", "--tokenizer=data/known/meta.json"]
-    lacks = "the vocabulary lacks 603 of its characters, 'x', 'y', 'z', U+0301, '😀'"
+    lacks = "the vocabulary lacks 603 of its 1,803 characters: 'x', 'y', 'z', U+0301, '😀'"
     with pytest.raises(UserError) as error:
         prepare.main(argv)
     assert str(error.value) == (
@@ -620,6 +620,16 @@ def test_characters_that_a_vocabulary_lacks_are_counted_and_can_be_left_out(fold
     assert (meta["train_tokens"], meta["val_tokens"], meta["val_bytes"]) == (1080, 120, 120)
 
 
+def test_another_text_in_the_same_dataset_is_said_to_replace_the_one_before(folder, capsys):
+    (folder / "one.txt").write_text("one text" * 50)
+    (folder / "two.txt").write_text("two texts" * 50)
+    told = []
+    for name in ("one.txt", "one.txt", "two.txt"):
+        prepare.main(["--dataset=mine", f"--input={name}"])
+        told.append(capsys.readouterr().out.splitlines()[:-1])
+    assert told == [[], [], ["data/mine: the text before, of one.txt, is replaced"]]
+
+
 # Mistakes
 
 
@@ -629,6 +639,7 @@ def test_characters_that_a_vocabulary_lacks_are_counted_and_can_be_left_out(fold
         (["--dataset=mine"], "there is no data/mine/input.txt: python prepare.py --dataset=mine --input=FILE"),
         (["--input=nowhere.txt"], "--input: there is no file nowhere.txt"),
         (["--input=data"], "--input: there is no .txt file in data"),
+        (["--input=https://a/b.txt"], "no file https://a/b.txt, did you mean --url=https://a/b.txt?"),
         (["--dataset=../up"], "dataset must be a plain folder name"),
         (["--dataset=/tmp"], "dataset must be a plain folder name"),
         (["--dataset=.."], "dataset must be a plain folder name"),
