@@ -639,7 +639,7 @@ def test_another_text_in_the_same_dataset_is_said_to_replace_the_one_before(fold
         (["--dataset=mine"], "there is no data/mine/input.txt: python prepare.py --dataset=mine --input=FILE"),
         (["--input=nowhere.txt"], "--input: there is no file nowhere.txt"),
         (["--input=data"], "--input: there is no .txt file in data"),
-        (["--input=https://a/b.txt"], "no file https://a/b.txt, did you mean --url=https://a/b.txt?"),
+        (["--input=https://a/b.txt"], "--input: there is no file https://a/b.txt, did you mean --url=https://a/b.txt?"),
         (["--dataset=../up"], "dataset must be a plain folder name"),
         (["--dataset=/tmp"], "dataset must be a plain folder name"),
         (["--dataset=.."], "dataset must be a plain folder name"),
