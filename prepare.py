@@ -54,7 +54,9 @@ LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
 # Texts are divided where a word ends, before a space: the tokens of the parts are those of the whole.
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
-COMPRESSED = {b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip -p", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip -p", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"%PDF": "pdftotext - -",
+}  # fmt: skip
 # FineWeb's sample of 10 billion tokens (Penedo et al., 2024; ODC-By 1.0), in GPT-2's tokens, on the Hugging Face hub:
 # shards of 100 million uint16, each after a header of 256 int32: this number, the version 1, how many tokens, zeros.
 FINEWEB, SHARDS, SHARD_MAGIC, SHARD_HEADER = "kjj0/fineweb10B-gpt2", 103, 20240520, 1024

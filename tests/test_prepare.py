@@ -339,6 +339,12 @@ def test_a_compressed_text_is_refused_with_the_command_that_opens_it(folder, com
     assert Path("text.txt").read_text() == "To be, or not to be. " * 500
 
 
+def test_a_pdf_is_refused_with_the_command_that_takes_its_text(folder):
+    (folder / "my.pdf").write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256)) * 9)
+    with pytest.raises(UserError, match=r"^my.pdf is not UTF-8 .*compressed: pdftotext - - < my.pdf > text.txt$"):
+        prepare.main(["--dataset=mine", "--input=my.pdf"])
+
+
 def test_a_few_nul_characters_are_text(folder):
     (folder / "my.txt").write_bytes(b"to be\0" + b"or not to be. \0" * 90)
     prepare.main(["--dataset=mine", "--input=my.txt"])
