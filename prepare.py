@@ -628,7 +628,14 @@ def tokenizer_facts(path: Path) -> dict:
         raise ConfigError(f"there is no tokenizer {path}: take {ways}")
     content = path.read_text(encoding="utf-8")
     facts = json.loads(content)
-    return facts if "tokenizer" in facts else {"tokenizer": str(path), "json": content}
+    if "tokenizer" in facts:
+        return facts
+    vocab = facts["model"].get("vocab")
+    if isinstance(vocab, dict) and all(len(token) == 1 for token in vocab):
+        tokenizer = CharTokenizer("".join(sorted(vocab, key=vocab.get)))
+        if json.loads(tokenizer.to_library().to_str()) == facts:  # an export of sample.py
+            return tokenizer.facts
+    return {"tokenizer": str(path), "json": content}
 
 
 def learned_bpe(path: Path, vocab_size: int) -> SubwordTokenizer:

@@ -524,6 +524,20 @@ def test_an_export_that_is_interrupted_leaves_no_model_beside_the_tokenizer_of_a
     assert not Path("hf/config.json").exists()  # without which nothing opens the folder
 
 
+def test_an_exported_character_tokenizer_comes_back_as_one(dataset, capsys):
+    train_here(max_iters=1)
+    sample.main(["--save_pretrained=hf"])
+    assert prepare.tokenizer_facts(Path("hf")) == checkpoint()["tokenizer"]
+    with pytest.raises(ConfigError, match=r"^--start: character 'ß' at position 2 is not in the vocabulary$"):
+        sample.main(["--init_from=hf", "--start=anß"])
+    Path("more.txt").write_text("the kßing " * 50)
+    prepare.main(["--dataset=more", "--input=more.txt", "--tokenizer=hf", "--drop_unknown"])
+    train_here(init_from="hf", dataset="more", out_dir="again", max_iters=1)
+    content = json.loads(Path("hf/tokenizer.json").read_text())
+    Path("hf/tokenizer.json").write_text(json.dumps(content | {"normalizer": {"type": "Lowercase"}}))
+    assert prepare.tokenizer_facts(Path("hf"))["tokenizer"] == "hf/tokenizer.json"  # it is another one
+
+
 def test_an_export_names_its_dropout_for_who_fine_tunes_it(folder):
     """Left out, they would be GPT-2's 0.1."""
     for dropout in (0.0, 0.3):
