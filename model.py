@@ -280,8 +280,8 @@ def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """Draw one token (B, 1) from each row of logits (B, vocab_size), as `generate` says. Raises ValueError."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 <= top_p <= 1):
+        raise ValueError("temperature must be at least 0, top_k at least 1, top_p from 0 to 1")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits, tokens, vocab_size = logits.float() / temperature, None, logits.size(-1)

@@ -614,7 +614,7 @@ def tokenizer_facts(path: Path) -> dict:
 
             checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             if "tokenizer" not in checkpoint:  # nanoGPT's
-                raise ConfigError(f"{file} does not say what its tokens mean: take gpt2 or its dataset's meta.json")
+                raise ValueError("it does not say what its tokens mean: take gpt2 or its dataset's meta.json")
             return checkpoint["tokenizer"]
     if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():  # an older format
         quiet_hub(needed=False)
@@ -630,8 +630,8 @@ def tokenizer_facts(path: Path) -> dict:
     facts = json.loads(content)
     if "tokenizer" in facts:
         return facts
-    vocab = facts["model"].get("vocab")
-    if isinstance(vocab, dict) and all(len(token) == 1 for token in vocab):
+    vocab = facts.get("model", {}).get("vocab")
+    if isinstance(vocab, dict) and len(vocab) <= MAX_VOCAB_SIZE and all(len(token) == 1 for token in vocab):
         tokenizer = CharTokenizer("".join(sorted(vocab, key=vocab.get)))
         if json.loads(tokenizer.to_library().to_str()) == facts:  # an export of sample.py
             return tokenizer.facts

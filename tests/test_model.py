@@ -434,9 +434,9 @@ def test_an_empty_prompt_is_refused(gpt, idx):
         gpt.generate(idx[:, :0], 1)
 
 
-@pytest.mark.parametrize("choice", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize("choice", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": -0.1}, {"top_p": 1.1}])
 def test_a_choice_of_tokens_without_meaning_is_refused(gpt, idx, choice):
-    with pytest.raises(ValueError, match=r"^temperature must be at least 0, top_k at least 1, top_p above 0 and at"):
+    with pytest.raises(ValueError, match=r"^temperature must be at least 0, top_k at least 1, top_p from 0 to 1$"):
         gpt.generate(idx, 1, **choice)
 
 
