@@ -413,7 +413,7 @@ class State:
                 raise ValueError(f"its scaler is {short(scaler)}")
             self.scaler.load_state_dict(scaler)
         for name in ("step", "best_val_loss", "best_step", "best_tokens"):
-            if not isinstance(number := checkpoint[name], int | float | None):
+            if not isinstance(number := checkpoint[name], float if name == "best_val_loss" else int | None):
                 raise ValueError(f"its {name} is {short(number)}")
             setattr(self, name, number)
 

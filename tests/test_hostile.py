@@ -258,6 +258,7 @@ def test_an_optimizer_state_of_other_shapes_is_refused(trained, at, value):
         ("step", 1.5),
         ("best_val_loss", float("nan")),
         ("best_step", "x"),
+        ("best_step", 1.5),
         ("best_tokens", torch.zeros(3)),
         ("config", {}),
         ("config", {"model": "gpt"}),
