@@ -449,7 +449,7 @@ def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
     elif source:
         show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     elif config.eval_only:
-        show(f"there is no {path}: these are losses of random weights")
+        show(f"random weights are evaluated, not {path}")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     show(f"{n_parameters / 1e6:.2f}M parameters on {process}")
     if config.warmup_iters >= config.max_iters and not config.eval_only:

@@ -889,6 +889,11 @@ def check_fineweb(n_shards):
     return meta
 
 
+def test_an_empty_address_of_the_hub_is_none(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    assert prepare.hub() == "https://huggingface.co"
+
+
 def test_fineweb_is_its_shards_one_after_another(hub, capsys):
     fineweb(3)
     meta = check_fineweb(3)

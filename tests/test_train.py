@@ -698,7 +698,7 @@ def test_eval_only_evaluates_and_writes_nothing(dataset, capsys):
     assert not (dataset.parent.parent / "out" / "new").exists()
     out = capsys.readouterr().out
     assert "best validation loss" not in out
-    assert out.startswith("there is no out/new/ckpt.pt: these are losses of random weights\n")
+    assert out.startswith("random weights are evaluated, not out/new/ckpt.pt\n")
 
 
 # Checkpoints
