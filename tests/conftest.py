@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 import config
 import prepare
@@ -95,6 +97,61 @@ def server():
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+class OnTheCPU(TorchFunctionMode):
+    """What is asked of a GPU the CPU does. `copies`: of each batch, whether it was pinned and not waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.copies = [], []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def on_gpu(value):
+            return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+        if function is torch.Tensor.pin_memory:
+            self.pinned.append(args[0])
+            return args[0]
+        kwargs = kwargs or {}
+        if function is torch.device:
+            return function(*args, **kwargs)
+        if function is torch.Tensor.to and any(map(on_gpu, args[1:])) and args[0].dtype == torch.int64:
+            pinned = any(args[0] is tensor for tensor in self.pinned)
+            self.copies.append((pinned, kwargs.get("non_blocking", False)))
+        args = ["cpu" if on_gpu(value) else value for value in args]
+        return function(*args, **{name: "cpu" if on_gpu(value) else value for name, value in kwargs.items()})
+
+
+class GeneratorOnTheCPU(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs whose tensors lie on the CPU: unlike fake_cuda.py's, they have values. `current`: the one in use.
+
+    bfloat16: those that have it; on the others, torch emulates it. `seeds`: of the GPUs' random numbers.
+    """
+    gpus = SimpleNamespace(current=0, bfloat16={0, 1}, seeds=[], mode=OnTheCPU())
+
+    def use(device):
+        gpus.current = torch.device(device).index
+
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: gpus.current,
+        "set_device": use,
+        "get_device_name": lambda device: "Some Card",
+        "is_bf16_supported": lambda including_emulation=True: including_emulation or gpus.current in gpus.bfloat16,
+        "manual_seed_all": gpus.seeds.append,
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
+    monkeypatch.setattr("torch.Generator", GeneratorOnTheCPU)
+    with gpus.mode:
+        yield gpus
 
 
 def ok(body):

@@ -288,7 +288,13 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, program):
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
 )
 def test_every_lack_of_memory_is_told_as_one(capsys, error):
     def main(argv):

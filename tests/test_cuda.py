@@ -1,4 +1,7 @@
-"""The CUDA path on tensors without values; fake_cuda.py says what that shows and what it cannot show."""
+"""The CUDA path: on tensors without values, on a CPU that does what is asked of a GPU, and on a GPU if there is one.
+
+fake_cuda.py says what the first shows and what it cannot show.
+"""
 
 import json
 import shutil
@@ -87,6 +90,67 @@ def test_gpt2s_vocabulary_is_padded_for_tensor_cores(found):
 
 def test_gpt2_small_with_12_sequences_of_1024_takes_less_than_12_gb(found):
     assert 8e9 < found["124M"]["peak"] < 12e9
+
+
+@pytest.fixture
+def replays(gpus, monkeypatch):
+    """In place of CUDA graphs: a replay reads what is copied to the tensors that it was recorded with."""
+    done = []
+
+    def record(module, sample):
+        cached = torch.is_autocast_cache_enabled()
+
+        def replay(*inputs):
+            for place, given in zip(sample, inputs, strict=True):
+                assert place.shape == given.shape
+                place.copy_(given)
+            output = module(*sample)
+            assert isinstance(output, torch.Tensor) and not cached  # or CUDA graphs refuse it
+            done.append(output)
+            return output
+
+        return replay
+
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", record)
+    return done
+
+
+def test_replayed_steps_end_at_the_bits_of_plain_ones(dataset, replays):
+    for compiled in ("auto", False):
+        train.main(on_gpu(compile=compiled, out_dir=f"out/{compiled}")[1:])
+    assert same(*(checkpoint(f"out/{compiled}/ckpt.pt")["model"] for compiled in ("auto", False)))
+    assert len(replays) == 4  # of the first run alone
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_are_scaled_in_float16_only(dataset, gpus, dtype):
+    """Where small ones would vanish."""
+    train.main(on_gpu(dtype=dtype)[1:])
+    scaler = checkpoint()["scaler"]
+    assert scaler.get("scale", 1) == (2**16 if dtype == "float16" else 1)
+
+
+def test_no_batch_is_waited_for_and_each_has_a_dropout_of_its_own(dataset, gpus):
+    train.main(on_gpu(gradient_accumulation_steps=2)[1:])
+    assert len(gpus.mode.copies) >= 8
+    assert set(gpus.mode.copies) == {(True, True)}  # pinned, and not waited for: the second needs the first
+    assert len(set(gpus.seeds)) >= 8
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_the_number_type_is_that_of_the_card_in_use(dataset, gpus, capsys, program, index):
+    """Of its own, not emulated."""
+    if program == "sample":
+        train.main(on_gpu(device="cpu", max_iters=1)[1:])
+    for lacking, dtype in ((index, "float16"), (1 - index, "bfloat16")):
+        gpus.current, gpus.bfloat16 = 0, {0, 1} - {lacking}
+        capsys.readouterr()
+        if program == "train":
+            train.main(on_gpu(device=f"cuda:{index}", out_dir=dtype, max_iters=1)[1:])
+        else:
+            sample.main([f"--device=cuda:{index}", "--max_new_tokens=1"])
+        assert f", {dtype}\n" in "".join(capsys.readouterr())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

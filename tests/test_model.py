@@ -245,6 +245,27 @@ def test_dropout_acts_on_embeddings_attention_and_residual_branches(place, idx):
     assert not torch.allclose(model(idx)[0], model(idx)[0])
 
 
+def test_a_gpu_drops_as_much_at_every_place_in_training_only(monkeypatch, idx):
+    """By torch's own dropout, and in the fused attention. No GPU is needed: a tensor on "meta" is not on the CPU."""
+
+    def dropped(x, p=0.5, training=True, *, original=F.dropout):
+        found.append(p * training)
+        return original(x, p, training)
+
+    def attended(q, k, v, dropout_p=0.0, original=F.scaled_dot_product_attention, **settings):
+        attentions.append(dropout_p)
+        return original(q, k, v, dropout_p=dropout_p, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.dropout", dropped)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attended)
+    model = GPT(GPTConfig(**SMALL, dropout=0.3)).to("meta")
+    for training in (True, False):
+        found, attentions = [], []
+        model.train(training)(idx.to("meta"))
+        assert attentions == [0.3 * training] * 2
+        assert found == [0.3] * 5 if training else not any(found)  # the embeddings and two branches of two blocks
+
+
 def test_attention_weights_are_those_that_the_model_computes_with(gpt, monkeypatch):
     idx = torch.randint(11, (3, 16))
     calls = []
@@ -269,8 +290,10 @@ def test_attention_weights_are_those_that_the_model_computes_with(gpt, monkeypat
         assert not weights.triu(1).any()  # nobody looks ahead
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.75])
-def test_dropout_zeroes_its_share_and_keeps_the_mean(p):
+def test_dropout_zeroes_its_share_and_keeps_the_mean(monkeypatch, p, compiling):
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: compiling)
     n = 4_000_003  # no multiple of the four values that share a random number
     torch.manual_seed(0)
     kept = dropout(torch.ones(n), p)

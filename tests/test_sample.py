@@ -232,6 +232,13 @@ def test_a_checkpoint_with_a_wrong_tokenizer_is_refused(trained, tokenizer, prob
     assert str(error.value).startswith(f"out/best.pt {problem}")
 
 
+def test_a_checkpoint_from_a_gpu_samples_on_a_cpu(trained, capsys, monkeypatch):
+    expected, content = say(capsys, "--start=the"), checkpoint("out/best.pt")
+    monkeypatch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")  # as if its tensors lay there
+    torch.save(content, "out/best.pt")
+    assert say(capsys, "--start=the", "--device=cpu") == expected
+
+
 def test_samples_alone_are_on_stdout(trained):
     ended = command("sample.py", "--start=the", "--max_new_tokens=10")
     assert ended.returncode == 0

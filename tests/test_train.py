@@ -408,53 +408,45 @@ def test_the_model_is_compiled_as_one_graph_and_once(dataset, monkeypatch, proce
 
 
 @pytest.mark.parametrize(
-    ("device", "arguments", "expected"),
+    ("device", "processes", "arguments", "expected"),
     [
-        ("cuda", [], "recorded"),  # as short as it is, compiling would take longer than it saves
-        ("cuda", ["--max_iters=20000"], "compiled"),
-        ("cuda", ["config/gpt2_124m.py"], "compiled"),
-        ("cuda", ["--compile=True"], "compiled"),
-        ("cuda", ["--compile=False"], "plain"),
-        ("cuda", ["--gradient_accumulation_steps=2"], "plain"),  # a second replay would overwrite the first gradients
-        ("cpu", ["config/gpt2_124m.py"], "plain"),
-        ("cpu", ["--compile=True"], "compiled"),
+        ("cuda", 1, [], ["recorded"]),  # as short as it is, compiling would take longer than it saves
+        ("cuda", 2, [], ["averaged"]),  # DistributedDataParallel takes a module
+        ("cuda", 1, ["--max_iters=20000"], ["compiled"]),
+        ("cuda", 2, ["--max_iters=20000"], ["compiled", "averaged"]),
+        ("cuda", 1, ["config/gpt2_124m.py"], ["compiled"]),
+        ("cuda", 1, ["--compile=True"], ["compiled"]),
+        ("cuda", 1, ["--compile=False"], []),
+        ("cuda", 1, ["--gradient_accumulation_steps=2"], []),  # a second replay would overwrite the first gradients
+        ("cpu", 1, ["config/gpt2_124m.py"], []),
+        ("cpu", 1, ["--compile=True"], ["compiled"]),
     ],
 )
-def test_a_run_is_compiled_only_where_that_pays(monkeypatch, device, arguments, expected):
+def test_a_run_is_compiled_only_where_that_pays(gpus, monkeypatch, device, processes, arguments, expected):
     """By the work of the whole run: what is resumed computes what the uninterrupted run does."""
+    done = []
+
+    def noted(what):
+        return lambda module, *_, **__: done.append(what) or module
+
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("torch.compile", lambda model: (lambda *_: None) if model is torch.exp else "compiled")
     monkeypatch.setattr("torch.ones", lambda *_, device: None)
-    monkeypatch.setattr(train, "recorded", lambda *_: "recorded")
+    monkeypatch.setattr("torch.compile", lambda of: (lambda *_: None) if of is torch.exp else noted("compiled")(of))
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", noted("recorded"))
+    monkeypatch.setattr(train, "DistributedDataParallel", noted("averaged"))
     settings = train.read(TrainConfig, arguments)
     with torch.device("meta"):
         model = GPT(settings.model_config(50257 if "gpt2" in str(arguments) else 65))
-    made = train.compiled_and_parallel(model, settings, Process(0, 1, torch.device(device), torch.bfloat16))
-    assert ("plain" if made is model else made) == expected
+    made = train.compiled_and_parallel(model, settings, Process(0, processes, torch.device(device), torch.bfloat16))
+    assert done == expected
+    assert (made is model) == (expected != ["recorded"])
 
 
-def test_the_recorded_model_is_asked_for_the_loss_alone(monkeypatch):
-    """CUDA graphs take tensors, and return tensors; here, in place of a recording, the model itself."""
-    cached = []
-    monkeypatch.setattr(
-        "torch.cuda.make_graphed_callables",
-        lambda module, sample: cached.append(torch.is_autocast_cache_enabled()) or module,
-    )
-    settings = config(dropout=0.0)
-    model = GPT(settings.model_config(65))
-    x = torch.randint(65, (8, 16))
-    loss = train.recorded(model, settings, Process(0, 1, torch.device("cpu"), torch.bfloat16))(x, x, need_logits=False)
-    assert cached == [False]  # which CUDA graphs ask for
-    assert loss[0] is None
-    assert torch.equal(loss[1], model(x, x, need_logits=False)[1])
-
-
-def test_where_cuda_graphs_do_not_work_one_line_says_so(monkeypatch, capsys):
+def test_where_cuda_graphs_do_not_work_one_line_says_so(gpus, monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("torch.cuda.make_graphed_callables", fails)
-    monkeypatch.setattr("torch.zeros", lambda *size, dtype, device: torch.empty(size, dtype=dtype))
     model = GPT(config().model_config(65))
     process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
     assert train.compiled_and_parallel(model, config(), process) is model
@@ -1167,6 +1159,8 @@ def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, mo
     [
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA A10", 125e12),
@@ -1175,6 +1169,7 @@ def test_a_terminal_beside_a_pipe_shows_progress_in_one_line(dataset, capsys, mo
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GB200", 2500e12),
         ("NVIDIA L40S", 362e12),
+        ("AMD Instinct MI300X", 1307e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
@@ -1398,10 +1393,11 @@ def test_the_fastest_safe_number_type_is_chosen(monkeypatch):
         assert training_dtype("bfloat16", cpu) == torch.bfloat16
         assert sample.choose_dtype("auto", cpu) == torch.float32
     assert training_dtype("auto", torch.device("mps")) == torch.float32
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
-    assert training_dtype("auto", cuda) == torch.bfloat16
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
-    assert training_dtype("auto", cuda) == torch.float16
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(  # torch emulates it on any card
+            "torch.cuda.is_bf16_supported", lambda including_emulation=True, own=supported: own or including_emulation
+        )
+        assert training_dtype("auto", cuda) == dtype
     assert training_dtype("float32", cuda) == torch.float32
 
 
