@@ -14,6 +14,7 @@ import pytest
 
 # One thread in each of the many processes: the models are tiny, and threads that wait for each other take both cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONUNBUFFERED", None)  # few users set it, and it hides what is never flushed
 
 import numpy as np
 import torch

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from typing import Literal
 import pytest
 from conftest import REPOSITORY, command, tiny
 
-from config import ConfigError, explained, key, read, run
+from config import ConfigError, explained, key, progress, read, run, show
 from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -279,6 +280,16 @@ def test_ctrl_c_in_a_terminal_leaves_the_text_that_stands_on_its_last_line(capsy
     assert re.fullmatch(r"\n(\r\x1b\[K)?.*: interrupted; nothing that was saved is lost\n", errors)
 
 
+@pytest.mark.parametrize(("rank", "local_rank", "shown"), [(0, 0, True), (1, 0, False), (1, 1, False)])
+def test_of_all_machines_together_one_process_shows_how_the_run_goes(capsys, monkeypatch, rank, local_rank, shown):
+    monkeypatch.setattr(progress, "shown", -math.inf)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    show("step 0")
+    progress.show("step 1")
+    assert capsys.readouterr() == (("step 0\n", "step 1\n") if shown else ("", ""))
+
+
 @pytest.mark.parametrize("program", ["prepare.py", "train.py", "sample.py"])
 def test_a_mistake_is_one_line_on_stderr_and_status_2(folder, program):
     ended = command(program, "--nonsense=1")
@@ -305,6 +316,25 @@ def test_every_lack_of_memory_is_told_as_one(capsys, error):
         run(main)
     assert end.value.code == 1
     assert capsys.readouterr().err.endswith(": out of memory; try a smaller batch, model or context\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Connection closed by peer [127.0.0.1]:33000",
+        "Read error [127.0.0.1]:33000: Connection reset by peer",
+        "writev [127.0.0.1]:33000: Broken pipe",
+        "Timed out waiting 1800000ms for recv operation to complete",
+    ],
+)
+def test_all_that_gloo_says_of_a_lost_process_is_told_as_one(capsys, words):
+    def main(argv):
+        raise RuntimeError(words)
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 1
+    assert ": another process of this run has exited; " in capsys.readouterr().err
 
 
 def test_out_of_memory_is_one_line_and_status_1(folder):

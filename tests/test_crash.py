@@ -11,7 +11,8 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,10 @@ def test_a_closed_terminal_leaves_a_checkpoint_before_anything_is_printed(datase
 
 
 def test_a_closing_terminal_may_send_its_signal_twice():
-    before = signal.getsignal(signal.SIGHUP)
     with train.StopSignals() as signals:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
         assert signals.received == signal.SIGHUP
-    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_run_under_nohup_ignores_a_closed_terminal(dataset):
@@ -167,14 +166,32 @@ NOHUP = """if True:
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once():
-    before = signal.getsignal(signal.SIGTERM)
     with train.StopSignals() as signals:
         assert not signals.received
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_after_a_run_signals_mean_what_they_meant_before(dataset, monkeypatch, request, failing):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    own = {number: lambda *_: None for number in numbers}
+    for number in numbers:
+        request.addfinalizer(partial(signal.signal, number, signal.signal(number, own[number])))
+
+    def handlers():
+        return {number: signal.getsignal(number) for number in numbers}
+
+    def step(*given, original=train.train_step):
+        assert not handlers().items() & own.items()
+        return 1 / 0 if failing else original(*given)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(ZeroDivisionError) if failing else nullcontext():
+        train_here(max_iters=1)
+    assert handlers() == own
 
 
 class KillError(Exception):
@@ -554,6 +571,7 @@ def test_two_machines_learn_what_one_process_learns(dataset, capsys):
             running.append(both.enter_context(started(argv, GLOO_SOCKET_IFNAME="eth0")))
         out = "".join(process.communicate(timeout=120)[0] for process in running)
         assert [process.returncode for process in running] == [0, 0]
+    assert len(out.splitlines()) == len({*out.splitlines()})  # one of them speaks
     together = losses(out)
     assert together.keys() == alone.keys() == {0, 10, 20}
     for step in alone:

@@ -36,8 +36,8 @@ from tensorboard.backend.event_processing import event_accumulator
 import prepare
 import sample
 import train
-from config import ConfigError, UserError
-from model import GPT, Bigram
+from config import ConfigError, UserError, run
+from model import GPT, Bigram, GPTConfig
 from prepare import load_meta
 from train import (
     Optimizer,
@@ -809,6 +809,14 @@ def test_a_finished_run_says_so_and_a_higher_max_iters_goes_on(dataset, capsys):
     assert checkpoint()["step"] == 30
 
 
+def test_a_run_that_is_past_max_iters_takes_no_step(dataset, monkeypatch):
+    train_here()
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step is taken"))
+    with contextlib.suppress(UserError):  # it may be refused
+        train_here(max_iters=10)
+    assert checkpoint()["step"] == 20
+
+
 def test_a_key_that_is_newer_than_the_checkpoint_is_no_change(dataset, capsys):
     train_here(max_iters=10)
     content = checkpoint()
@@ -1229,6 +1237,21 @@ def test_tensorboard_shows_the_curves_and_samples(dataset, capsys):
     assert set(written) <= set(checkpoint()["tokenizer"]["chars"])
 
 
+def test_tensorboard_shows_an_evaluation_while_the_run_goes_on(dataset, monkeypatch):
+    """Or it shows curves late, and after SIGKILL never. Here no file can be appended to: only a flush writes it."""
+
+    def watched(model, state, *rest, original=train.train_step):
+        if state.step == 10:
+            found.extend(events()[0]["val_loss"])
+        return original(model, state, *rest)
+
+    found = []
+    monkeypatch.setattr(train, "train_step", watched)
+    monkeypatch.delattr("tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem.append")
+    train_here(tensorboard=True, max_iters=11)
+    assert found == [0, 10]
+
+
 def test_tensorboard_keeps_the_step_at_which_a_run_was_stopped(dataset, monkeypatch):
     with monkeypatch.context() as stopped:
         signal_in_step(stopped, signal.SIGTERM, last=14)
@@ -1490,11 +1513,20 @@ def test_training_goes_on_without_the_terminal(dataset, closed):
     assert checkpoint()["step"] == 20
 
 
-def test_a_text_that_cannot_be_shown_is_one_line(dataset):
+def test_a_text_that_cannot_be_shown_is_one_line(dataset, capsys, monkeypatch):
+    """One sample, shown as it is made, and several, shown at the end."""
     train_here(max_iters=1)
-    ended = subprocess.run(f"{sys.executable} {REPOSITORY / 'sample.py'} >/dev/full", shell=True, capture_output=True)
-    assert ended.returncode == 1
-    assert ended.stderr == b"out/best.pt, step 1, on cpu, float32\nsample.py: [Errno 28] No space left on device\n"
+    capsys.readouterr()
+    said = "out/best.pt, step 1, on cpu, float32\nsample.py: [Errno 28] No space left on device\n"
+    program = f"{sys.executable} {REPOSITORY / 'sample.py'} --num_samples=2 --max_new_tokens=9"
+    ended = subprocess.run(f"{program} >/dev/full", shell=True, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, said)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--max_new_tokens=9"])
+    with open("/dev/full", "w") as full, monkeypatch.context() as disk:
+        disk.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            run(sample.main)
+    assert (end.value.code, capsys.readouterr().err) == (1, said)
 
 
 def test_a_name_that_is_no_utf8_may_be_written_to(dataset):
