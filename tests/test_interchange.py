@@ -28,8 +28,9 @@ transformers.utils.logging.disable_progress_bar()
 SHAPES = [
     {"vocab_size": 21, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 32},
     {"vocab_size": 300, "n_positions": 40, "n_layer": 1, "n_head": 3, "n_embd": 48},
-    {"vocab_size": 65, "n_positions": 24, "n_layer": 3, "n_head": 4, "n_embd": 32},
-]
+    {"vocab_size": 65, "n_positions": 24, "n_layer": 3, "n_head": 4, "n_embd": 32,
+     "activation_function": "gelu_pytorch_tanh"},  # another name of gelu_new
+]  # fmt: skip
 
 
 def gpt2(**shape):
@@ -106,10 +107,12 @@ def test_the_context_may_be_cropped_and_dropout_set(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"activation_function": "relu"}, "gpt2 is not like GPT-2: its activation_function is 'relu', not 'gelu_new'"),
+        ({"activation_function": "gelu"}, "gpt2 is not like GPT-2: its activation_function is 'gelu', not 'gelu_new'"),
         ({"layer_norm_epsilon": 1e-6}, "gpt2 is not like GPT-2: its layer_norm_epsilon is 1e-06, not 1e-05"),
         ({"n_inner": 64}, "gpt2 is not like GPT-2: its n_inner is 64, not 4 n_embd"),
+        ({"scale_attn_weights": False}, "its scale_attn_weights is False, not True"),
         ({"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True, not False"),
+        ({"add_cross_attention": True}, "its add_cross_attention is True, not False"),
         ({"tie_word_embeddings": False}, "its tie_word_embeddings is False, not True"),
     ],
 )
@@ -261,9 +264,10 @@ def test_a_prompt_without_a_token_is_refused(gpt2_folder):
 
 def test_the_recipe_for_gpt2_starts_from_its_weights(gpt2_folder, capsys):
     small = ["--batch_size=4", "--block_size=8", "--gradient_accumulation_steps=2", "--max_iters=2", "--device=cpu"]
-    names = ["--dataset=shakespeare_char", "--init_from=gpt2", "--out_dir=out"]
+    names = ["--dataset=shakespeare_char", "--init_from=gpt2", "--out_dir=out", "--dropout=0.3"]
     train.main(["config/finetune_gpt2.py", *small, *names])
     assert checkpoint()["step"] == 2
+    assert checkpoint()["model_config"]["dropout"] == 0.3
 
 
 # Out
@@ -354,6 +358,7 @@ def test_a_text_ends_at_the_end_token_each_at_its_own(with_end, capsys, monkeypa
     drawn = torch.tensor([[king, king], [with_end, king], [king, with_end], [king, king]])
     monkeypatch.setattr(GPT, "stream", lambda *_: iter(drawn[:, :n, None]))
     word, start = (tokenizer.decode(np.array([id])) for id in (king, the))
+    start += f"<|endoftext|>{start}"  # in a prompt it ends nothing
     for stop, texts in (
         (True, [start + word, start + 2 * word]),
         (False, [start + word + "<|endoftext|>" + 2 * word, start + 2 * word + "<|endoftext|>" + word]),

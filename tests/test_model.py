@@ -507,6 +507,12 @@ def test_tokens_are_drawn_as_often_as_they_should(choices, expected):
     assert [share > 0 for share in shares(**choices)] == [share > 0 for share in expected]
 
 
+@pytest.mark.parametrize("choice", [(None, None), (3, None), (None, 0.9)])
+def test_logits_that_float16_cannot_hold_divided_still_name_the_likeliest_token(choice):
+    logits = torch.tensor([[60, 70, 69, 0]], dtype=torch.float16)  # by 0.001: above the largest number, 65,504
+    assert sample_token(logits, 0.001, *choice, None).tolist() == [[1]]
+
+
 def test_the_vocabulary_is_not_sorted_unless_asked_for(monkeypatch):
     for sorting in ("topk", "sort", "argsort"):
         monkeypatch.setattr(f"torch.Tensor.{sorting}", lambda *_: 1 / 0)
