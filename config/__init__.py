@@ -1,17 +1,11 @@
-"""Read the settings of a program: defaults, then recipes, then --key=value; the last one wins.
+"""How a program is told what to do, how it ends, and what it shows.
 
 Each program has one dataclass. A field is a key: its name, type, default, limits and meaning stand there and nowhere
 else, and `--help` prints them. A recipe is a Python file: the names that it assigns are keys.
-
-Here, too, is how a program ends: `UserError` and `explained` make one line of what went wrong, `run` prints it;
-`StopSignals` lets a program finish what it is doing when it is asked to stop.
 """
 
-import argparse
-import ast
 import dataclasses
 import difflib
-import itertools
 import math
 import os
 import pickle
@@ -20,30 +14,24 @@ import runpy
 import shlex
 import shutil
 import signal
+import symtable
 import sys
+import textwrap
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from operator import ge, gt, le, lt
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TextIO, TypeVar, get_args, get_type_hints
-
-T = TypeVar("T")
+from typing import Any, NoReturn, TextIO, get_args, get_type_hints
 
 BESIDE = Path(__file__).parent.parent  # the programs; a recipe that is not here may be there
-
-BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+# What text may mean, where the key's type allows it.
+WORDS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False, "None": None}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
-# A word alone is probably the value of the first of these that the program has and whose test it passes.
-BARE_WORDS = {
-    "input": os.path.exists, "out_dir": os.path.isdir, "dataset": "fineweb".__eq__,
-    "init_from": re.compile(r".*\.pt").fullmatch, "start": bool,
-}  # fmt: skip
 OUT_OF_MEMORY = "MemoryError|out of memory|allocate memory|bad_alloc"
 # What torch raises when something outside the program fails, and what to tell the user.
 BREAKDOWNS = {
@@ -51,8 +39,8 @@ BREAKDOWNS = {
     "closed by peer|reset by peer|Broken pipe|Timed out waiting": "another process of this run has exited; "
     "--init_from=auto resumes from the last checkpoint",
 }
-ERASE_LINE = "\r\033[K"
 STOPPING = "stopping, with a checkpoint, after this step or evaluation; Ctrl-C again: at once, without one"
+ERASE_LINE = "\r\033[K"
 
 
 class UserError(Exception):
@@ -65,6 +53,162 @@ class ConfigError(UserError):
     """A mistake in the command, a recipe or a value: found before anything was done."""
 
     status = 2
+
+
+# Settings: defaults, then recipes, then --key=value; the last one wins
+
+
+def key(default: Any, meaning: str, group: str | None = None, also: str = "", **limits: float) -> Any:
+    """A field of a program's dataclass. Limits of a number: `least` or `above`, `most` or `below`.
+
+    group: --help's title of the keys from this one on. also: names that other programs give the key, with spaces
+    between them; who types one is told ours.
+    """
+    metadata = {"meaning": meaning, "group": group, "also": also.split(), "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def read(schema: type, argv: list[str]) -> Any:
+    """Build `schema`, whose fields are keys, from its defaults, recipes and --key=value. Raises ConfigError.
+
+    The result's attribute `given` holds the names of the keys that a recipe or the command sets.
+    """
+    if {"-h", "--help"} & {*argv}:
+        put(help_text(schema), sys.stdout)
+        sys.exit(0)
+    words, recipes, typed_values = [*argv], {}, {}
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-"):
+            recipes |= recipe(schema, word)
+            continue
+        if not word.startswith("--") or name not in get_type_hints(schema):
+            hint = ours(schema, name, "--") or "; --help lists them all"
+            raise ConfigError(f"unknown key {word.partition('=')[0]}{hint}")
+        if not equals:  # --key value, or --switch alone
+            alone = not words or words[0].startswith("--")
+            if bool in options(schema, name) and (alone or words[0].endswith(".py")):
+                value = "True"
+            elif alone:
+                raise ConfigError(f"--{name} needs a value, {description(schema, name)}")
+            else:
+                value = words.pop(0)
+        typed_values[name] = convert(schema, name, value, f"--{name}")
+    values = recipes | typed_values
+    with as_config_error():
+        config = schema(**values)
+    config.given = frozenset(values)
+    return config
+
+
+def recipe(schema: type, path: str, followers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business.
+
+    `_after = "NAME.py"` names the recipe beside it that it starts from; `followers` have started from this one.
+    """
+    file = Path(path) if Path(path).is_file() else BESIDE / path
+    if file.suffix != ".py" or not file.is_file():
+        raise no_recipe(schema, path)
+    if file in followers:
+        raise ConfigError(f"{file}: _after leads back to it")
+    try:
+        names = runpy.run_path(str(file))
+        symbols = symtable.symtable(file.read_bytes(), str(file), "exec").get_symbols()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{file}: {type(error).__name__}: {error}") from None
+    keys = get_type_hints(schema).keys()
+    own = {symbol.get_name() for symbol in symbols if symbol.is_imported() or symbol.is_namespace()}
+    if unknown := [name for name in names.keys() - keys - own if not name.startswith("_")]:
+        name = min(unknown)
+        raise ConfigError(f"{file}: unknown key {name}{ours(schema, name) or '; names of your own begin with _'}")
+    values = {name: convert(schema, name, names[name], f"{file}: {name}") for name in names.keys() & keys}
+    if "_after" in names:
+        before = file.parent / Path(str(names["_after"])).name
+        return recipe(schema, str(before), (*followers, file)) | values
+    return values
+
+
+def convert(schema: type, name: str, value: Any, where: str) -> Any:
+    """`value`, as typed or in a recipe or a checkpoint, as the key's type. Raises ConfigError "{where} must be ..."."""
+    kinds, limits, text = options(schema, name), schema.__dataclass_fields__[name].metadata["limits"], str(value)
+    if text in WORDS and type(WORDS[text]) in kinds:
+        return WORDS[text]
+    if isinstance(value, str) and (value in kinds or str in kinds):
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    with suppress(ValueError):
+        number = float(text)
+        if int in kinds and number.is_integer():  # 1e3 is a whole number, too
+            number = int(Decimal(text))  # a float has 53 bits only
+        within = all(LIMITS[limit][1](number, bound) for limit, bound in limits.items())
+        if type(number) in kinds and math.isfinite(number) and within:
+            return number
+    raise ConfigError(f"{where} must be {description(schema, name)}, found {value!r}")
+
+
+def options(schema: type, name: str) -> list:
+    """The types and words that a key may have: bool | Literal["auto"] -> [bool, "auto"]."""
+    kind = get_type_hints(schema)[name]
+    return [option for part in get_args(kind) or [kind] for option in get_args(part) or [part]]
+
+
+def description(schema: type, name: str) -> str:
+    """What a key must be: "a whole number or None, at least 1"."""
+    kinds = " or ".join(TYPE_NAMES.get(option, option) for option in options(schema, name))
+    limits = schema.__dataclass_fields__[name].metadata["limits"].items()
+    return ", ".join(filter(None, (kinds, " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in limits))))
+
+
+def help_text(schema: type) -> str:
+    """The examples of the program's docstring, then each key with its default, its meaning and what it must be."""
+    lines = [f"usage: {Path(sys.argv[0]).name} [config/NAME.py ...] [--key=value ...]", ""]
+    lines += re.findall("^    .*", sys.modules[schema.__module__].__doc__ or "", re.MULTILINE)
+    lines += [
+        "",
+        schema.__doc__,
+        "The defaults, which a recipe (a Python file that assigns keys) or --key=value overrides:",
+    ]
+    for field in dataclasses.fields(schema):
+        if field.metadata["group"]:
+            lines += ["", f"{field.metadata['group']}:"]
+        head, meaning, margin = f"  --{field.name} {field.default}", field.metadata["meaning"], " " * 34
+        if str not in options(schema, field.name):
+            meaning += f" ({description(schema, field.name)})"
+        meaning = "\n".join(textwrap.fill(line, 86) for line in meaning.splitlines())
+        lines.append(f"{head:<32}  {textwrap.indent(meaning, margin).lstrip()}")
+    return "\n".join(lines) + "\n"
+
+
+def no_recipe(schema: type, word: str) -> ConfigError:
+    """The error for a word of the command that is neither a key nor a recipe."""
+    files = [file.relative_to(base) for base in (Path(), BESIDE) for file in (base / "config").rglob("*.py")]
+    known = [file.as_posix() for file in files if file.name != "__init__.py"]
+    known += [f"--{field.name}" for field in dataclasses.fields(schema)]
+    hint = did_you_mean(word, known)
+    if "input" in schema.__dataclass_fields__ and Path(word).exists():  # prepare.py mine.txt
+        hint = f", did you mean {typed('dataset', Path(word).stem)} {typed('input', word)}?"
+    if word.endswith(".py"):
+        return ConfigError(f"there is no recipe {word}{hint}")
+    return ConfigError(f"{word} is neither --key=value nor a recipe (NAME.py){hint}")
+
+
+def ours(schema: type, name: str, prefix: str = "") -> str:
+    """What to type instead of a key that does not exist; nothing where that is unknown."""
+    also = {also: field.name for field in dataclasses.fields(schema) for also in field.metadata["also"]}
+    return f": it is {prefix}{also[name]}" if name in also else did_you_mean(name, get_type_hints(schema), prefix)
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def typed(name: str, value: object) -> str:
+    """--name=value, as one can type or paste it in a shell."""
+    return f"--{name}={shlex.quote(str(value))}"
+
+
+# The end
 
 
 @contextmanager
@@ -86,179 +230,13 @@ def explained(what: str, advice: str = "", kind: type[UserError] = UserError) ->
         raise kind(f"{what} ({type(error).__name__}: {reason}){advice}") from None
 
 
-def typed(name: str, value: object) -> str:
-    """--name=value, as one can type or paste it in a shell."""
-    return f"--{name}={shlex.quote(str(value))}"
-
-
-def key(default: Any, meaning: str, group: str | None = None, **limits: float) -> Any:
-    """A field of a program's dataclass. Limits of a number: `least` or `above`, `most` or `below`.
-
-    group: --help's title of the keys from this one on.
-    """
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "group": group, "limits": limits})
-
-
-def read(schema: type[T], argv: list[str]) -> T:
-    """Build `schema` from its defaults, the recipes and the --key=value in `argv`. Raises ConfigError.
-
-    The result's attribute `given` holds the names of the keys that a recipe or the command sets.
-    """
-    keys, other_names = get_type_hints(schema), getattr(schema, "other_names", {})
-    options, rest = parser_of(schema).parse_known_args([*with_values(argv, keys)])
-    values = {}
-    for word in rest:
-        if word.startswith("-"):
-            name = word.partition("=")[0]
-            hint = meant(name.lstrip("-"), keys, other_names, "--") or "; --help lists them all"
-            raise ConfigError(f"unknown key {name}{hint}")
-        values |= recipe(word, keys, other_names)
-    values |= {name: convert(text, keys[name], f"--{name}") for name, text in vars(options).items()}
-    for field in dataclasses.fields(schema):
-        value, limits = values.get(field.name), field.metadata["limits"]
-        if value is not None and not all(LIMITS[name][1](value, limit) for name, limit in limits.items()):
-            raise ConfigError(f"{field.name} must be {within(limits)}, found {value}")
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """A ValueError, or the lack of a file, is a mistake in the command within: a ConfigError of the same words."""
     try:
-        config = schema(**values)
-    except ValueError as error:
+        yield
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from None
-    config.given = frozenset(values)
-    return config
-
-
-def with_values(argv: list[str], keys: dict[str, Any]) -> Iterator[str]:
-    """The words of the command; --name of a key that may be True, before a key, a recipe or the end, is --name=True."""
-    switches = {f"--{name}" for name, kind in keys.items() if bool in options(kind)}
-    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
-        yield f"{word}=True" if word in switches and re.match(r"-|.*\.py$", following) else word
-
-
-def within(limits: dict[str, float]) -> str:
-    return " and ".join(f"{LIMITS[name][0]} {limit}" for name, limit in limits.items())
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return [line for part in text.splitlines() for line in super(HelpFormatter, self)._split_lines(part, width)]
-
-
-def parser_of(schema: type) -> Parser:
-    """The parser of the --key=value; it leaves recipes and unknown keys to `read`, values as text.
-
-    --help begins with the examples of the program's docstring.
-    """
-    keys = get_type_hints(schema)
-    examples = re.findall("^    .*", sys.modules[schema.__module__].__doc__ or "", re.MULTILINE)
-    parser = Parser(
-        usage="\n".join(["%(prog)s [config/NAME.py ...] [--key=value ...]", "", *examples]),
-        description=f"{schema.__doc__} Each key stands with its default:",
-        epilog="A recipe is a Python file that assigns keys; --key=value overrides it. --key value works too.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=34, width=120),
-    )
-    group = parser.add_argument_group("keys")
-    for field in dataclasses.fields(schema):
-        if title := field.metadata["group"]:
-            group = parser.add_argument_group(title)
-        kind = keys[field.name]
-        choice = "" if len(options(kind)) == 1 or str in options(kind) else describe(kind)
-        limits = {name: limit for name, limit in field.metadata["limits"].items() if limit < 2**63}
-        notes = "; ".join(filter(None, (choice, within(limits))))
-        meaning = field.metadata["meaning"] + (f" ({notes})" if notes else "")
-        group.add_argument(f"--{field.name}", metavar=str(field.default), help=meaning.replace("%", "%%"))
-    return parser
-
-
-def recipe(path: str, keys: dict[str, Any], other_names: Mapping[str, str]) -> dict[str, Any]:
-    """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business.
-
-    `_after = "NAME.py"` names the recipe beside it that it starts from.
-    """
-    if not Path(path).is_file() and (BESIDE / path).is_file():
-        path = str(BESIDE / path)
-    if not path.endswith(".py") or not Path(path).is_file():
-        files = [file.relative_to(base) for base in (Path(), BESIDE) for file in (base / "config").rglob("*.py")]
-        recipes = [file.as_posix() for file in files if file.name != "__init__.py"]
-        problem = f"{path} is neither --key=value nor a recipe (NAME.py)"
-        hint = did_you_mean(path, recipes)
-        if path.endswith(".py"):
-            problem = f"there is no recipe {path}"
-        elif path.partition("=")[0] in keys:
-            hint = f", did you mean --{path}?"
-        elif name := next((name for name, fits in BARE_WORDS.items() if name in keys and fits(path)), None):
-            hint = f", did you mean {typed(name, path)}?"
-        elif Path(path).is_file():
-            hint = f"; python prepare.py --dataset=NAME {typed('input', path)} makes a dataset of it"
-        raise ConfigError(problem + hint)
-    try:
-        names = runpy.run_path(path)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
-    except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        raise ConfigError(f"{path}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {error}") from None
-    own = {name for name in names if name.startswith("_")}
-    for statement in ast.parse(Path(path).read_bytes()).body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            own |= {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
-        elif isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            own.add(statement.name)
-    if unknown := names.keys() - own - keys.keys():
-        name = min(unknown)
-        hint = meant(name, keys, other_names) or "; names of your own begin with _"
-        if "start" in keys and "out_dir" in names:
-            hint = f": is it a recipe of train.py? {typed('out_dir', names['out_dir'])} names its run"
-        raise ConfigError(f"{path}: unknown key {name}{hint}")
-    values = {name: convert(names[name], keys[name], f"{path}: {name}") for name in names.keys() & keys.keys()}
-    if "_after" not in names:
-        return values
-    try:
-        return recipe(str(Path(path).with_name(names["_after"])), keys, other_names) | values
-    except (TypeError, ValueError, RecursionError):
-        raise ConfigError(f"{path}: _after must name another recipe beside it, found {names['_after']!r}") from None
-
-
-def convert(value: Any, kind: Any, where: str) -> Any:
-    """A recipe's value, or the text after --key=, as `kind`. Raises ConfigError."""
-    text, allowed = str(value), options(kind)
-    if NoneType in allowed and text == "None":
-        return None
-    if bool in allowed and text in BOOLS:
-        return BOOLS[text]
-    if isinstance(value, str) and (value in allowed or str in allowed):
-        return os.path.expanduser(value) if value.startswith("~/") else value
-    with suppress(ValueError, ArithmeticError):
-        if float in allowed and math.isfinite(float(text)):
-            return float(text)
-        if int in allowed and math.isfinite(float(text)) and (number := Decimal(text)) == int(number):  # 1e3 is whole
-            return int(number)
-    raise ConfigError(f"{where} must be {describe(kind)}, found {value!r}")
-
-
-def options(kind: Any) -> list:
-    """The types and words that a type hint allows: bool | Literal["auto"] -> [bool, "auto"]."""
-    return [option for part in get_args(kind) for option in options(part)] if get_args(kind) else [kind]
-
-
-def describe(kind: Any) -> str:
-    *most, last = (TYPE_NAMES.get(option, option) for option in options(kind))
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def meant(name: str, keys: Iterable[str], other_names: Mapping[str, str], prefix: str = "") -> str:
-    """What to do about a key that does not exist; `other_names` are keys of other programs."""
-    return f": {other_names[name]}" if name in other_names else did_you_mean(name, keys, prefix)
-
-
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -270,47 +248,71 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has none
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
+    rank, world_size, status, problem = 0, 1, 1, ""
     try:
-        rank_and_size()
+        rank, world_size = rank_and_size()
         status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
-        silence(sys.stdout)
         status = 128 + 13
     except KeyboardInterrupt:
         put("\n" * rewritable(sys.stderr), sys.stderr)  # what stands there, a sample perhaps, stays
-        say(UserError("interrupted; nothing that was saved is lost"))
-        status = 128 + 2
+        status, problem = 128 + 2, "interrupted; nothing that was saved is lost"
     except (UserError, OSError) as error:
-        status = say(error)
+        status, problem = getattr(error, "status", 1), str(error)
     except ModuleNotFoundError as error:
-        status = say(UserError(f"this needs another package: pip install {error.name}"))
+        problem = f"this needs another package: pip install {error.name}"
     except (MemoryError, RuntimeError) as error:
         meanings = [text for words, text in BREAKDOWNS.items() if re.search(words, f"{type(error).__name__}: {error}")]
         if not meanings:
             raise
-        status = say(UserError(meanings[0]), alone=meanings[0] == BREAKDOWNS[OUT_OF_MEMORY])
+        problem = meanings[0]
+    if problem:
+        if rank > 0:
+            time.sleep(5)  # most mistakes all processes meet, and torchrun ends the others when process 0 has exited
+        who = f", process {rank}" if world_size > 1 else ""
+        say(f"{Path(sys.argv[0]).name}{who}: {' '.join(problem.split())}")
     for stream in (sys.stdout, sys.stderr):
         put("", stream)
-    if one_of_several():
+    if world_size > 1:
         os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort: 1 in 13 did
     sys.exit(status)
 
 
-class StopSignals:
-    """Within the block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) are only noted, in `received`.
+def rank_and_size() -> tuple[int, int]:
+    """Which process this is, and of how many that torchrun has started together. Raises ConfigError.
 
-    A second Ctrl-C interrupts at once. The others may come twice: kernel and shell both send SIGHUP.
+    Without WORLD_SIZE above 1 in the environment this is the only one.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if not world_size.isdecimal() or int(world_size) < 2:
+        return 0, 1
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if not os.environ.get(name)]:
+        problem = f"WORLD_SIZE={world_size} in the environment, but no {', '.join(missing)}"
+        raise ConfigError(f"{problem}: start with torchrun, or unset WORLD_SIZE")
+    return int(os.environ["RANK"]), int(world_size)
+
+
+class StopSignals:
+    """Within the block, signals that ask a program to stop are only noted: the last one's number is `received`.
+
+    These are Ctrl-C, SIGTERM, a closed terminal's SIGHUP, and those that Slurm and a limit of CPU time send first. A
+    second Ctrl-C interrupts at once. The others may come twice: kernel and shell both send SIGHUP.
     """
 
     received = 0
 
     def __enter__(self) -> "StopSignals":
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-        if threading.current_thread() is not threading.main_thread():
-            numbers = []  # Python has signals in the main thread only
-        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        self.before = {}
+        names = "SIGINT SIGTERM SIGHUP"
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun itself would end of these
+            names += " SIGUSR1 SIGUSR2 SIGXCPU"
+        for number in [getattr(signal, name) for name in names.split() if hasattr(signal, name)]:  # Windows has two
+            # An ignored one, as nohup sets SIGHUP, stays so; None is a handler that Python could not put back.
+            settable = signal.getsignal(number) not in (signal.SIG_IGN, None)
+            if settable and threading.current_thread() is threading.main_thread():  # in others Python has no signals
+                self.before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number: int, _frame: object) -> None:
@@ -319,51 +321,19 @@ class StopSignals:
         self.received = number
         if number == signal.SIGINT and reporting():  # not of the others, which SIGKILL may follow
             with suppress(RuntimeError):  # raised where the signal has interrupted another print
-                put(f"{ERASE_LINE * rewritable(sys.stderr)}{STOPPING}\n", sys.stderr)
+                say(STOPPING)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def say(error: UserError | OSError, alone: bool = False) -> int:
-    """Print the error and return the exit status.
-
-    What all processes of a machine meet, the first of them prints; what one meets `alone`, that one, with its rank.
-    """
-    alone = alone or isinstance(error, OSError)
-    if one_of_several() and not alone and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # torchrun kills all when the first exits: let the one that prints be first
-    else:
-        who = f", process {os.environ['RANK']}" if alone and one_of_several() else ""
-        what = f"{Path(sys.argv[0]).name}{who}: {' '.join(str(error).split())}"
-        put(f"{ERASE_LINE * rewritable(sys.stderr)}{what}\n", sys.stderr)
-    return getattr(error, "status", 1)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Which process this is, and of how many, as torchrun says it in the environment. Raises ConfigError."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    rank, world_size, *others = found = [os.environ.get(name) for name in names]
-    if rank is world_size is None:
-        return 0, 1
-    numbers = str(rank).isdecimal() and str(world_size).isdecimal() and int(rank) < int(world_size)
-    if not numbers or not (all(others) or world_size == "1"):
-        known = " ".join(f"{name}={value}" for name, value in zip(names, found, strict=True) if value is not None)
-        raise ConfigError(
-            f"{known} in the environment: start with torchrun, which sets {', '.join(names)}, or unset them"
-        )
-    return int(rank), int(world_size)
-
-
-def one_of_several() -> bool:
-    """Whether torchrun has started other processes beside this one."""
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+# The screen
 
 
 def reporting() -> bool:
-    """Whether this is the process, of those that torchrun has started together, that shows how the run goes."""
-    return not one_of_several() or os.environ.get("RANK", "0") == "0"
+    """Whether this is process 0, the one that shows how the run goes."""
+    return rank_and_size()[0] == 0
 
 
 def show(text: str) -> None:
@@ -373,17 +343,18 @@ def show(text: str) -> None:
         put(text + "\n", sys.stdout)
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, in place of a progress line."""
+    put(f"{ERASE_LINE * rewritable(sys.stderr)}{text}\n", sys.stderr)
+
+
 class Progress:
-    """Progress of process 0 on stderr: one line, rewritten twice a second at most; a line in 5 s where that fails."""
+    """Progress of process 0 on stderr: on a terminal one line, rewritten twice a second at most; else a line in 5 s."""
 
-    def __init__(self):
-        self.shown = -math.inf  # when the last one was
-
-    def due(self) -> bool:
-        return reporting() and time.monotonic() - self.shown > (0.5 if rewritable(sys.stderr) else 5)
+    shown = -math.inf  # when the last one was
 
     def show(self, text: str) -> None:
-        if self.due():
+        if reporting() and time.monotonic() - self.shown > (0.5 if rewritable(sys.stderr) else 5):
             self.shown = time.monotonic()
             if rewritable(sys.stderr):  # a line that wraps could not be erased
                 put(ERASE_LINE + text[: shutil.get_terminal_size().columns - 1], sys.stderr)
@@ -395,18 +366,14 @@ progress = Progress()
 
 
 def rewritable(stream: TextIO) -> bool:
-    """Whether what is printed there can be rewritten: in a terminal and in a notebook, whose streams may be any."""
-    return "ipykernel" in sys.modules or (hasattr(stream, "isatty") and stream.isatty())
+    """Whether the stream is a terminal, where a line can be erased; a notebook's streams may be any objects."""
+    return hasattr(stream, "isatty") and stream.isatty()
 
 
 def put(text: str, stream: TextIO) -> None:
+    """Print it at once, or nothing from now on where the terminal is gone or the disk full."""
     try:
         print(text, end="", file=stream, flush=True)
-    except OSError:  # the terminal is gone or the disk full
-        silence(stream)
-
-
-def silence(stream: TextIO) -> None:
-    """Print no more there."""
-    with suppress(OSError, AttributeError):  # not every stream is a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:
+        with suppress(OSError, AttributeError):  # not every stream is a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

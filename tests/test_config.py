@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import pytest
-from conftest import REPOSITORY, command, tiny
+from conftest import REPOSITORY, STOPPING, command, tiny
 
-from config import ConfigError, explained, key, progress, read, run, show
+from config import ConfigError, Progress, convert, explained, key, progress, rank_and_size, read, run, show
 from prepare import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -23,13 +22,11 @@ from train import TrainConfig
 class Example:
     """What it is for."""
 
-    other_names = MappingProxyType({"small": "it is --size"})
-
-    size: int = key(6, "how big")
+    size: int = key(6, "how big", also="length width")
     rate: float = key(0.5, "how fast, in % of the usual")
     name: str = key("a", "what it is called")
     on: bool = key(True, "whether")
-    limit: int | None = key(None, "at most")
+    limit: int | None = key(None, "at most", least=1, below=100)
     mode: Literal["fast", "safe"] = key("fast", "how")
     compile: Literal["auto"] | bool = key("auto", "when")
 
@@ -112,7 +109,7 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["--xyzzy=7"], "unknown key --xyzzy; --help lists them all"),
         (["--siz=7"], "unknown key --siz, did you mean --size?"),
         (["-size=7"], "unknown key -size, did you mean --size?"),
-        (["--size"], "--size: expected one argument"),
+        (["--size"], "--size needs a value, a whole number"),
         (["--size=big"], "--size must be a whole number, found 'big'"),
         (["--size=6.5"], "--size must be a whole number, found '6.5'"),
         (["--size=1e999999999"], "--size must be a whole number, found '1e999999999'"),
@@ -120,19 +117,23 @@ def test_a_recipe_starts_from_the_one_that_it_comes_after(folder):
         (["--rate=fast"], "--rate must be a number, found 'fast'"),
         (["--on=yes"], "--on must be True/False, found 'yes'"),
         (["--on", "yes"], "--on must be True/False, found 'yes'"),
-        (["--limit=x"], "--limit must be a whole number or None, found 'x'"),
+        (["--name", "--size=7"], "--name needs a value, text"),
+        (["--limit=x"], "--limit must be a whole number or None, at least 1 and below 100, found 'x'"),
+        (["--limit=0"], "--limit must be a whole number or None, at least 1 and below 100, found '0'"),
+        (["--limit=100"], "--limit must be a whole number or None, at least 1 and below 100, found '100'"),
         (["--mode=slow"], "--mode must be fast or safe, found 'slow'"),
         (["--compile=maybe"], "--compile must be auto or True/False, found 'maybe'"),
         (["--size=-1"], "size must be at least 0, found -1"),
         (["nothing.py"], "there is no recipe nothing.py"),
         (["config"], "config is neither --key=value nor a recipe (NAME.py)"),
-        (["--small=3"], "unknown key --small: it is --size"),
+        (["--length=3"], "unknown key --length: it is --size"),
+        (["--width", "3"], "unknown key --width: it is --size"),
         (
             ["config/lecture/1_bigram"],
             "config/lecture/1_bigram is neither --key=value nor a recipe (NAME.py), did you mean "
             "config/lecture/1_bigram.py?",
         ),
-        (["size=3"], "size=3 is neither --key=value nor a recipe (NAME.py), did you mean --size=3?"),
+        (["size=3"], "size=3 is neither --key=value nor a recipe (NAME.py), did you mean --size?"),
         (["what=3"], "what=3 is neither --key=value nor a recipe (NAME.py)"),
         (["shakespeare_char.py"], "there is no recipe shakespeare_char.py, did you mean config/shakespeare_char.py?"),
     ],
@@ -153,21 +154,50 @@ def test_mistakes_in_the_command(folder, argv, message):
         ("name = ['a']", "recipe.py: name must be text, found ['a']"),
         ("rate = None", "recipe.py: rate must be a number, found None"),
         ("mode = 'slow'", "recipe.py: mode must be fast or safe, found 'slow'"),
-        ("\nsize = (7", "recipe.py, line 2: '(' was never closed: size = (7"),
-        ("size = 1\nrate = 1 / 0\n", "recipe.py, line 2: ZeroDivisionError: division by zero"),
-        ("import nowhere", "recipe.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("\nsize = (7", "recipe.py: SyntaxError: '(' was never closed (recipe.py, line 2)"),
+        ("size = 1\nrate = 1 / 0\n", "recipe.py: ZeroDivisionError: division by zero"),
+        ("import nowhere", "recipe.py: ModuleNotFoundError: No module named 'nowhere'"),
         ("size = [6]", "recipe.py: size must be a whole number, found [6]"),
-        ("small = 3", "recipe.py: unknown key small: it is --size"),
-        ("import sys\nsys.exit(0)", "recipe.py, line 2: SystemExit: 0"),
+        ("length = 3", "recipe.py: unknown key length: it is size"),
+        ("limit = 0.0", "recipe.py: limit must be a whole number or None, at least 1 and below 100, found 0.0"),
+        ("import sys\nsys.exit(0)", "recipe.py: SystemExit: 0"),
         ("other = 5\nanother = 6", "recipe.py: unknown key another; names of your own begin with _"),
-        ("_after = 3", "recipe.py: _after must name another recipe beside it, found 3"),
-        ("_after = 'recipe.py'", "recipe.py: _after must name another recipe beside it, found 'recipe.py'"),
+        ("_after = 3", "3 is neither --key=value nor a recipe (NAME.py)"),
+        ("_after = 'recipe.py'", "recipe.py: _after leads back to it"),
     ],
 )
 def test_mistakes_in_a_recipe(folder, text, message):
     with pytest.raises(ConfigError) as error:
         read(Example, [recipe(text)])
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("size", 7, 7), ("size", 7.0, 7), ("rate", 2, 2.0), ("limit", None, None), ("limit", 3, 3),
+        ("on", False, False), ("name", "a", "a"), ("mode", "safe", "safe"), ("compile", True, True),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_checkpoint_has_the_keys_type(name, value, expected):
+    found = convert(Example, name, value, f"ckpt.pt: {name}")
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("size", 7.5, "a whole number, found 7.5"), ("size", None, "a whole number, found None"),
+        ("size", [7], "a whole number, found [7]"), ("rate", float("nan"), "a number, found nan"),
+        ("rate", True, "a number, found True"), ("name", 5, "text, found 5"),
+        ("mode", "slow", "fast or safe, found 'slow'"), ("on", "yes", "True/False, found 'yes'"),
+        ("limit", 0, "a whole number or None, at least 1 and below 100, found 0"),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_checkpoint_that_the_key_cannot_have_is_named(name, value, problem):
+    with pytest.raises(ConfigError) as error:
+        convert(Example, name, value, f"ckpt.pt: {name}")
+    assert str(error.value) == f"ckpt.pt: {name} must be {problem}"
 
 
 @pytest.mark.parametrize("schema", [Example, PrepareConfig, TrainConfig, SampleConfig])
@@ -188,7 +218,7 @@ def test_help_prints_every_key_with_default_and_meaning(schema, capsys):
         assert examples < out.index(schema.__doc__.split(".")[0]) < first_key
     if schema is TrainConfig:
         titles = ["run:", "model:", "batch and optimizer:", "evaluation:", "machine:"]
-        assert re.findall(r"^[a-z ]+:$", out, re.MULTILINE) == ["options:", *titles]
+        assert re.findall(r"^[a-z ]+:$", out, re.MULTILINE) == titles
 
 
 def test_a_recipe_follows_a_bare_key(folder):
@@ -209,41 +239,23 @@ def test_a_recipe_beside_the_program_is_found_from_another_folder(tmp_path, monk
 @pytest.mark.parametrize(
     ("schema", "argv", "hint"),
     [
-        (PrepareConfig, ["mine.txt"], "did you mean --input=mine.txt?"),
-        (TrainConfig, ["max_iters=100"], "did you mean --max_iters=100?"),
-        (PrepareConfig, ["fineweb"], "did you mean --dataset=fineweb?"),
-        (TrainConfig, ["mine.txt"], "; python prepare.py --dataset=NAME --input=mine.txt makes a dataset of it"),
+        (PrepareConfig, ["mine.txt"], "(NAME.py), did you mean --dataset=mine --input=mine.txt?"),
+        (PrepareConfig, ["my texts"], "(NAME.py), did you mean --dataset='my texts' --input='my texts'?"),
+        (TrainConfig, ["max_iters=100"], "did you mean --max_iters?"),
         (TrainConfig, ["shakespeare_char"], "did you mean config/shakespeare_char.py?"),
-        (SampleConfig, ["out/shakespeare_char_cpu"], "(NAME.py), did you mean --out_dir=out/shakespeare_char_cpu?"),
-        (SampleConfig, ["out/none/ckpt.pt"], "(NAME.py), did you mean --init_from=out/none/ckpt.pt?"),
         (SampleConfig, ["--model=out"], "unknown key --model: it is --init_from"),
-        (SampleConfig, ["ROMEO: what"], "(NAME.py), did you mean --start='ROMEO: what'?"),
-        (
-            SampleConfig,
-            ["config/lecture/1_bigram.py"],
-            ": is it a recipe of train.py? --out_dir=out/lecture/1_bigram names",
-        ),
-        (TrainConfig, ["--epochs=3"], "unknown key --epochs: --max_iters counts steps"),
-        (TrainConfig, ["--resume"], "unknown key --resume: the same command typed again resumes"),
-        (TrainConfig, ["--gpu"], "unknown key --gpu: --device=cuda"),
-        (TrainConfig, ["--shards=10"], "unknown key --shards: python prepare.py --dataset=fineweb --shards=N"),
+        (TrainConfig, ["--resume"], "unknown key --resume: it is --init_from"),
+        (TrainConfig, ["--gpu"], "unknown key --gpu: it is --device"),
+        (TrainConfig, ["--lr=1"], "unknown key --lr: it is --learning_rate"),
         (SampleConfig, ["--prompt=a"], "unknown key --prompt: it is --start"),
         (SampleConfig, ["--length=9"], "unknown key --length: it is --max_new_tokens"),
     ],
 )
 def test_what_users_of_other_programs_type_has_a_hint(folder, schema, argv, hint):
     Path("mine.txt").write_text("text")
-    Path("out/shakespeare_char_cpu").mkdir(parents=True)
+    Path("my texts").mkdir()
     with pytest.raises(ConfigError, match=re.escape(hint)):
         read(schema, argv)
-
-
-@pytest.mark.parametrize("program", ["prepare.py", "train.py", "sample.py"])
-def test_ctrl_c_during_the_imports_shows_no_traceback(folder, program):
-    Path("own").mkdir()
-    Path("own/numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)")
-    ended = command(program, env=os.environ | {"PYTHONPATH": "own"})
-    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize(
@@ -251,19 +263,17 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(folder, program):
     [
         (
             TrainConfig,
-            "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log "
-            "wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head "
-            "n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters "
-            "lr_decay_iters min_lr backend device dtype compile",
+            "out_dir eval_interval log_interval eval_iters eval_only init_from wandb_log dataset "
+            "gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate "
+            "max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device "
+            "dtype compile",
         ),
-        (
-            SampleConfig,
-            "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile",
-        ),
+        (SampleConfig, "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype"),
     ],
 )
-def test_every_key_of_nanogpt_is_known_or_explained(schema, names):
-    assert {*names.split()} <= {field.name for field in dataclasses.fields(schema)} | schema.other_names.keys()
+def test_every_key_of_nanogpt_that_has_a_counterpart_is_known_or_answered_with_it(schema, names):
+    also = [name for field in dataclasses.fields(schema) for name in field.metadata["also"]]
+    assert {*names.split()} <= {field.name for field in dataclasses.fields(schema)} | {*also}
 
 
 def test_ctrl_c_in_a_terminal_leaves_the_text_that_stands_on_its_last_line(capsys, monkeypatch):
@@ -285,6 +295,8 @@ def test_of_all_machines_together_one_process_shows_how_the_run_goes(capsys, mon
     monkeypatch.setattr(progress, "shown", -math.inf)
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "somewhere")
     show("step 0")
     progress.show("step 1")
     assert capsys.readouterr() == (("step 0\n", "step 1\n") if shown else ("", ""))
@@ -346,30 +358,110 @@ def test_out_of_memory_is_one_line_and_status_1(folder):
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("environment", "missing"),
     [
-        {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0"},
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-        {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": ""}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
-def test_half_an_environment_of_torchrun_is_one_line(folder, program, environment):
+def test_what_is_missing_of_an_environment_of_several_processes_is_named(folder, program, environment, missing):
     ended = command(program, "--device=cpu", env=os.environ | environment)
     assert ended.returncode == 2
-    said = " ".join(f"{name}={value}" for name, value in environment.items())
-    names = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
-    assert (
-        ended.stderr
-        == f"{program}: {said} in the environment: start with torchrun, which sets {names}, or unset them\n"
-    )
+    problem = f"WORLD_SIZE=2 in the environment, but no {missing}: start with torchrun, or unset WORLD_SIZE"
+    assert ended.stderr == f"{program}: {problem}\n"
 
 
-def test_a_local_rank_without_other_processes_changes_nothing(folder):
-    ended = command("sample.py", "--out_dir=nowhere", env=os.environ | {"LOCAL_RANK": "1"})
+@pytest.mark.parametrize("world_size", [None, "", "0", "1", "x"])
+def test_without_a_world_size_above_1_this_is_one_process_whatever_its_rank(folder, monkeypatch, world_size):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert rank_and_size() == (0, 1)
+    ended = command("sample.py", "--out_dir=nowhere")
     assert ended.returncode == 2
     assert ended.stderr.startswith("sample.py: there is no checkpoint in nowhere")
+
+
+TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(("rank", "pauses"), [(0, []), (1, [5])])
+def test_each_process_says_its_own_error_with_its_rank_the_others_after_process_0(capsys, monkeypatch, rank, pauses):
+    def main(argv):
+        raise ConfigError("a mistake")
+
+    slept = []
+    for name, value in (TWO | {"RANK": str(rank)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("config.time.sleep", slept.append)
+    monkeypatch.setattr("config.os._exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"train.py, process {rank}: a mistake\n"
+    assert slept == pauses
+
+
+def test_progress_and_lines_are_process_0s(capsys, monkeypatch):
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        show(f"line of {rank}")
+        Progress().show(f"progress of {rank}")
+    assert capsys.readouterr() == ("line of 0\n", "progress of 0\n")
+
+
+# Signals
+
+
+SIGNALLED = """if True:
+    import os, signal, sys
+    from config import StopSignals
+
+    def handlers():
+        return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, print)
+    before = handlers()
+    with StopSignals() as signals:
+        for number in map(int, sys.argv[1:]):
+            os.kill(os.getpid(), number)
+            print(int(signals.received), flush=True)
+    assert handlers() == before
+"""
+
+
+def signalled(*numbers, **environment):
+    """A process that is sent the signals, and prints after each which it has received."""
+    argv = [sys.executable, "-c", SIGNALLED, *(str(int(number)) for number in numbers)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment
+    return subprocess.run(argv, capture_output=True, text=True, env=environment)
+
+
+def test_stop_signals_are_noted_an_ignored_one_is_not_and_the_handlers_come_back():
+    numbers = [signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+    ended = signalled(*numbers)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [*map(int, ended.stdout.split())] == [0, *numbers[1:]]
+
+
+def test_the_second_ctrl_c_ends_at_once():
+    ended = signalled(signal.SIGINT, signal.SIGINT)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stdout == f"{int(signal.SIGINT)}\n"
+    assert ended.stderr.startswith(STOPPING)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGXCPU])
+def test_under_torchrun_only_the_signals_that_it_passes_on_are_noted(number):
+    ended = signalled(signal.SIGTERM, number, TORCHELASTIC_RUN_ID="none")
+    assert (ended.returncode, ended.stdout) == (-number, f"{int(signal.SIGTERM)}\n")
 
 
 NOTEBOOK = """if True:
