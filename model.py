@@ -1,7 +1,8 @@
 """The network: a GPT, and the bigram table that it grows out of. Token ids in, logits out.
 
-This file knows nothing of text, files or training, and needs torch alone, so it can be copied into any project. It
-goes from the parts to the whole: attention, feed-forward, block; what all language models share; GPT and Bigram.
+This file knows nothing of text or training, and needs torch alone, so it can be copied into any project. It goes from
+the parts to the whole: attention, feed-forward, block; what all language models share; GPT and Bigram. At the end:
+weights in files, and devices.
 
 Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 """
@@ -9,8 +10,12 @@ Shapes: B sequences in a batch, T tokens in each, C = n_embd channels.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import re
 import shutil
+import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,25 +124,26 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.config = config
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def qkv(self, x: Tensor) -> Tensor:
         """Query: what am I looking for? Key: what do I contain? Value: what do I tell if you attend to me?"""
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3C) -> (B, T, 3, n_head, head_size)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.config.n_head, -1))  # (B, T, 3C) -> (B, T, 3, n_head, head_size)
         return qkv.permute(2, 0, 3, 1, 4)  # three of (B, n_head, T, head_size)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). `position` (T,) is where each token stands: x knows, rotary embeddings would ask."""
         B, T, C = x.shape
         q, k, v = self.qkv(x)
         if cache is not None:
             k, v = cache.extend(k, v)
-        if self.training and x.device.type == "cpu" and (self.dropout or q.dtype == torch.bfloat16):
-            y = attention(q, k, v, self.dropout)
+        p = self.config.dropout * self.training
+        if self.training and x.device.type == "cpu" and (p or q.dtype == torch.bfloat16):
+            y = attention(q, k, v, p)
         else:  # the same in one fused call that never stores the T x T matrix; a lone token is the last: it sees all
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side again, then mixed
 
 
@@ -167,24 +173,25 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.residual = config.residual
+        self.config = config
         self.ln_1 = layer_norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = layer_norm(config) if config.feed_forward else None
         self.mlp = FeedForward(config) if config.feed_forward else None
-        self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        p = self.dropout * self.training
+    def forward(self, x: Tensor, position: Tensor, cache: KVCache | None = None) -> Tensor:
+        p = self.config.dropout * self.training
         # Residual: x is kept, a part's output is added. Pre-norm: what a part reads is normalized, not x itself.
-        x = (x if self.residual else 0) + dropout(self.attn(self.ln_1(x), cache), p)
+        x = (x if self.config.residual else 0) + dropout(self.attn(self.ln_1(x), position, cache), p)
         if self.mlp is not None:
-            x = (x if self.residual else 0) + dropout(self.mlp(self.ln_2(x)), p)
+            x = (x if self.config.residual else 0) + dropout(self.mlp(self.ln_2(x)), p)
         return x
 
 
 class LanguageModel(nn.Module):
     """What GPT and Bigram share: the loss and generation. A subclass has `hidden`, `lm_head` and `config`."""
+
+    blocks = ()  # those that attend: each gets a cache
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, need_logits: bool = True
@@ -224,6 +231,11 @@ class LanguageModel(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
 
+    def flops_per_token(self) -> int:
+        """Floating-point operations of training on one token: 6 per weight, 12 T C per attention (PaLM, appendix B)."""
+        weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        return 6 * weights + 12 * len(self.blocks) * self.config.block_size * self.config.n_embd
+
     def generate(
         self,
         idx: Tensor,
@@ -255,7 +267,6 @@ class LanguageModel(nn.Module):
         if not idx.size(1):
             raise ValueError("there must be at least one token to continue")
         block_size = self.config.block_size
-        n_attentions = sum(isinstance(module, CausalSelfAttention) for module in self.modules())
         stride = max(1, block_size // 4) if stride is None else stride
         if not 1 <= stride <= block_size:
             raise ValueError(f"stride must be from 1 to block_size ({block_size}), found {stride}")
@@ -265,7 +276,7 @@ class LanguageModel(nn.Module):
             if window.size(1) > block_size:
                 window, caches = window[:, stride:], None
             if caches is None:
-                unread, caches = window, [KVCache(block_size) for _ in range(n_attentions)]
+                unread, caches = window, [KVCache(block_size) for _ in self.blocks]
             x = model.hidden(unread, window.size(1) - unread.size(1), caches)
             unread = sample_token(model.lm_head(x[:, -1]), *choice)
             window = torch.cat((window, unread), dim=1)
@@ -332,41 +343,48 @@ class GPT(LanguageModel):
         self.lm_head.weight = self.transformer.wte.weight  # one table reads and writes tokens (Press & Wolf, 2017)
         self.initialize()
 
-    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
-        """Token ids (B, T) at positions start ... start + T - 1 -> what and where each of them is (B, T, C)."""
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h
+
+    def embed(self, idx: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Token ids (B, T) from position `start` on -> what and where each of them is (B, T, C), positions (T,)."""
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size ({self.config.block_size})")
         position = torch.arange(start, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C) + (T, C)
-        return dropout(x, self.config.dropout * self.training)
+        return dropout(x, self.config.dropout * self.training), position
 
     def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
         """Token ids (B, T) from position `start` on -> what the model makes of them (B, T, C).
 
-        caches: one for each block, of the tokens before `start`; unless they are empty, T must be 1.
+        caches: one for each block, of the tokens before `start`; unless they are empty, T must be 1. Raises ValueError
+        for another number of them, and for an attention that leaves its cache as it was.
         """
-        x = self.embed(idx, start)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, caches[layer] if caches else None)
+        x, position = self.embed(idx, start)
+        for block, cache in zip(self.blocks, [None] * len(self.blocks) if caches is None else caches, strict=True):
+            x = block(x, position, cache)
+            if cache is not None and cache.length != start + idx.size(1):
+                raise ValueError(f"{type(block.attn).__name__} must extend its cache by the tokens that it reads")
         return self.transformer.ln_f(x)
 
     @torch.no_grad()
     def attention_weights(self, idx: Tensor) -> Tensor:
         """What each head attends to: (n_layer, B, n_head, T, T) for token ids (B, T); a row is one token's, sum 1."""
         model, weights = in_eval_mode(self), []
-        x = model.embed(idx)
-        for block in model.transformer.h:
+        x, position = model.embed(idx)
+        for block in model.blocks:
             q, k, _ = block.attn.qkv(block.ln_1(x))
             weights.append(causal_weights(q, k))
-            x = block(x)
+            x = block(x, position)
         return torch.stack(weights)
 
     def crop(self, block_size: int) -> None:
         """Forget the positions from `block_size` on. Raises ValueError when there are not so many."""
         if block_size > self.config.block_size:
             raise ValueError(f"block_size ({block_size}) is more than the model's ({self.config.block_size})")
-        self.config = replace(self.config, block_size=block_size)
+        self.config.block_size = block_size
         positions = self.transformer.wpe.weight[:block_size].clone()
         self.transformer.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
 
@@ -420,6 +438,26 @@ class GPT(LanguageModel):
         theirs.config.save_pretrained(folder)
 
 
+class Bigram(LanguageModel):
+    """The simplest language model: row i of one table holds the logits of what follows token i. It has no context."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.lm_head = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.initialize()
+
+    def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
+        return idx
+
+
+MODELS = {"gpt": GPT, "bigram": Bigram}
+
+
+# Weights in files: checkpoints, and what from_pretrained and save_pretrained need
+
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # The values in a config.json that the model above computes.
 GPT2 = {
     "model_type": ("gpt2",),
@@ -430,6 +468,80 @@ GPT2 = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+
+
+def checkpoint_in(source: str | Path) -> Path | None:
+    """The checkpoint that `source` is or holds; None for weights in Hugging Face's format.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    for path in (Path(source) / "best.pt", Path(source) / "ckpt.pt", Path(source)):
+        if path.is_file():
+            return path
+    if source in GPT2_NAMES or (Path(source) / "config.json").is_file():
+        return None
+    others = ", ".join(sorted({path.parent.as_posix() for path in Path("out").rglob("*.pt")}))
+    hint = f"there is one in {others}" if others else "python train.py makes one"
+    raise FileNotFoundError(f"there is no checkpoint in {source}; {hint}")
+
+
+def open_model(source: str | Path) -> tuple[LanguageModel, dict]:
+    """The model, on the CPU, of a checkpoint, and what else the checkpoint holds: see `read_checkpoint`. No dropout.
+
+    `source`: a checkpoint, a folder with one, or weights in Hugging Face's format, which hold nothing else: a folder
+    or one of GPT2_NAMES.
+    """
+    path = checkpoint_in(source)
+    if path is None:
+        return GPT.from_pretrained(source), {}
+    checkpoint = read_checkpoint(path)
+    return model_of(checkpoint), checkpoint
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What a checkpoint of train.py holds, or nanoGPT's in the same form, on the CPU; no code in it is run.
+
+    Raises ValueError for another format; zipfile and torch.load have exceptions of their own for a damaged file.
+    """
+    with zipfile.ZipFile(path) as container:
+        if damaged := container.testzip():  # torch itself does not look at the checksums
+            raise ValueError(f"wrong checksum of {damaged}")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    wrappers = r"^((module|_orig_mod)\.)+"  # DistributedDataParallel and torch.compile put these before names
+    checkpoint["model"] = {re.sub(wrappers, "", name): weight for name, weight in checkpoint["model"].items()}
+    if "model_args" in checkpoint:
+        checkpoint = from_nanogpt(checkpoint)
+    if checkpoint["format"] != 1:
+        raise ValueError(f"it has format {checkpoint['format']!r}, not 1")
+    return checkpoint
+
+
+def from_nanogpt(theirs: dict) -> dict:
+    """A checkpoint of nanoGPT in the form of train.py's, without optimizer and tokenizer."""
+    shape, weights = theirs["model_args"], theirs["model"]
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}  # an old mask
+    if shape["vocab_size"] == 50304:  # GPT-2's 50,257 tokens rounded up for speed: the rest never occurs
+        shape = shape | {"vocab_size": 50257}
+        weights |= {name: weights[name][:50257] for name in ("transformer.wte.weight", "lm_head.weight")}
+    config = {"model": "gpt", "dataset": theirs["config"]["dataset"]}
+    facts = {"format": 1, "model_config": shape, "model_args": shape, "step": theirs["iter_num"]}
+    return facts | {"model": weights, "config": config}
+
+
+def model_of(checkpoint: dict) -> LanguageModel:
+    """The model of what `read_checkpoint` returns. Raises ValueError for weights that its model_config does not have.
+
+    What a checkpoint's model_config lacks has GPTConfig's default.
+    """
+    config = GPTConfig(**checkpoint["model_config"] | {"dropout": 0.0})
+    build, weights = MODELS[checkpoint["config"]["model"]], checkpoint["model"]
+    with torch.device("meta"):  # takes no memory, whatever sizes a damaged config has
+        expected = build(replace(config, n_layer=min(config.n_layer, len(weights)))).state_dict()
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in expected.items()}:
+        raise ValueError("its weights have other names or shapes than its model_config says")
+    model = build(config)
+    load_weights(model, weights)
+    return model
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -449,17 +561,69 @@ def transposed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: w.T if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}
 
 
-class Bigram(LanguageModel):
-    """The simplest language model: row i of one table holds the logits of what follows token i. It has no context."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        self.lm_head = nn.Embedding(config.vocab_size, config.vocab_size)
-        self.initialize()
-
-    def hidden(self, idx: Tensor, start: int = 0, caches: list[KVCache] | None = None) -> Tensor:
-        return idx
+# Devices
 
 
-MODELS = {"gpt": GPT, "bigram": Bigram}
+def choose_device(name: str, processes: int = 1) -> torch.device:
+    """The device `name`, or for "auto" the best one, for each of so many processes on this machine.
+
+    Raises ValueError for one that is not available.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes > 1:  # one GPU each, or gloo on CPUs; no backend connects processes on mps
+        available = ["cuda"] * (gpus >= processes) + ["cpu"]
+    else:
+        mps = torch.backends.mps.is_available()
+        available = ["cuda"] * bool(gpus) + ["mps"] * mps + ["cpu", *(f"cuda:{index}" for index in range(gpus))]
+    if name not in (*available, "auto"):
+        each = f" for each of {processes} processes" if processes > 1 else ""
+        raise ValueError(f"device {name!r} is not available{each}; available: {', '.join(available)}")
+    device = torch.device(available[0] if name == "auto" else name)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype `name`; auto: float32, or on cuda the one of 16 bits that the card has."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return getattr(torch, "float32" if name == "auto" else name)
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The same for training, where bfloat16 is safe, too. Raises ValueError for a dtype that is not."""
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
+    # bfloat16 is faster with AMX, and with AVX-512's instructions for it on an AMD EPYC. On an Intel Xeon (family 6,
+    # model 207) without its AMX, a step of the small recipe takes 1.6 times as long as in float32.
+    cpu = torch.cpu.get_capabilities()
+    fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
+    return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
+
+
+# Dense bfloat16 FLOP/s, from the makers' data sheets: of cards whose names match the pattern; the first match counts.
+PEAK_FLOPS = {
+    "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
+    "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, r"\bB200": 2250e12,
+    "GB200": 2500e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of a device; None where unknown."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if re.search(card, name) and "MIG" not in name), None)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free; otherwise the OS takes it back and zeroes it again in every step.
+
+    A step of config/shakespeare_char_cpu.py takes 26 ms instead of 33, one of the reference model a tenth less.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # musl has none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor

@@ -1,4 +1,4 @@
-"""Train a GPT. Read `main` for the run from start to end, `train_step` for one step.
+"""Train a GPT. Read `main` and `train` for the run from start to end, `train_step` for one step.
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
 (seed, k), its dropout from (seed, k, rank, micro-batch), and each evaluation of a run reads the same blocks. So a
@@ -11,20 +11,14 @@ killed run resumes from its last checkpoint (bit for bit on a CPU), and one proc
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":  # Ctrl-C during the imports shows no traceback
-    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
-
 import math
 import os
-import re
 import signal
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -39,37 +33,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
-from config import ConfigError, StopSignals, UserError, explained, key, progress, rank_and_size, read, run, show, typed
-from model import GPT, MODELS, GPTConfig, LanguageModel
-from prepare import Tokens, dataset_folder, first_token, locked, prepared, replacing, tokenizer_of
-from sample import TOKENIZER_FACTS, checkpoint_in, choose_device, choose_dtype, open_model, shapes_and_types, usable
+# isort: off
+from config import (
+    ConfigError, StopSignals, UserError, as_config_error, convert, explained, key, progress, rank_and_size, read, run,
+    show, typed,
+)  # fmt: skip
+from model import (
+    GPT, MODELS, GPTConfig, LanguageModel, checkpoint_in, choose_device, open_model, peak_flops, training_dtype,
+)  # fmt: skip
+from prepare import (
+    TOKENIZER_FACTS, Tokens, checkpoint_tokenizer, dataset_folder, load_meta, locked, prepared, quiet_hub, replacing,
+)  # fmt: skip
+# isort: on
 
-STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
-SHAPE = ("model", "n_layer", "n_head", "n_embd", "block_size", "bias", "feed_forward", "residual", "layer_norm")
-RATES = ("learning_rate", "min_lr", "weight_decay")  # chosen for an optimizer, so that they stay with it
-TEXT_FACTS = ("sha256", "train_tokens", "shards")  # of meta.json and a checkpoint: which text, how much of it
-OTHER_NAMES = {  # keys of nanoGPT and others, and what there is here
-    "epochs": "--max_iters counts steps; an epoch is train_tokens / (batch_size * block_size) of them",
-    "resume": "the same command typed again resumes",
-    "gpu": "--device=cuda; without it a GPU is taken where torch finds one",
-    "lr": "it is --learning_rate",
-    "shards": "python prepare.py --dataset=fineweb --shards=N, before",
-    **dict.fromkeys(("wandb_log", "wandb_project", "wandb_run_name"), "--tensorboard=True draws curves"),
-    "always_save_checkpoint": "every evaluation writes ckpt.pt",
-    "backend": "it is nccl on GPUs, gloo on CPUs",
-}
 # FLOPs of a whole run from which torch.compile pays back. On an H100 it takes 18.5 s at first, and saves 2.5 of the
 # 8.2 ms in which the GPU computes a step of 1.2e12 FLOPs (64 x 256 tokens of the reference model; torch 2.11).
 COMPILE_FROM = 1e16
 # FLOP/s of each thread in training: 2 threads took 1.3 hours for the 1.2e15 of the reference recipe on an AMD EPYC
 # (family 26), 2 hours on an Intel Xeon with AMX (torch 2.13).
 CPU_FLOPS = 1e11
-# Dense bfloat16 FLOP/s, from the makers' data sheets: of cards whose names match the pattern; the first match counts.
-PEAK_FLOPS = {
-    "A100": 312e12, "A10$": 125e12, "L4$": 121e12, "L40S": 362e12, "RTX 4090$": 165e12, "H100 PCIe": 756e12,
-    "H100 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, r"\bB200": 2250e12,
-    "GB200": 2500e12, "MI300X": 1307e12,
-}  # fmt: skip
+STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
 
 
 @dataclass
@@ -77,7 +60,6 @@ class TrainConfig:
     """Train a GPT. The same command typed again resumes where the last one stopped."""
 
     given = frozenset()  # the keys that a recipe or the command sets, filled in by config.read
-    other_names = OTHER_NAMES
 
     out_dir: str = key("out", "folder for checkpoints and log", "run")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
@@ -90,6 +72,7 @@ class TrainConfig:
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl: pretrained weights from the Hugging Face hub\n"
         "FOLDER: weights in Hugging Face's format, or of a run\n"
         "FILE: a checkpoint, nanoGPT's too",
+        also="resume checkpoint",
     )
 
     model: Literal["gpt", "bigram"] = key("gpt", "what to train", "model")
@@ -106,12 +89,12 @@ class TrainConfig:
     batch_size: int = key(32, "sequences in one step, over all processes together", "batch and optimizer", least=1)
     gradient_accumulation_steps: int = key(1, "micro-batches into which each process splits its share", least=1)
     optimizer: Literal["adamw", "muon"] = key("muon", "muon: for the blocks' matrices; adamw wants lower rates")
-    learning_rate: float = key(8e-3, "peak learning rate", least=0)
+    learning_rate: float = key(8e-3, "peak learning rate", also="lr", least=0)
     min_lr: float = key(0.0, "learning rate at the end of the decay", least=0)
     warmup_iters: int = key(50, "steps of linear warm-up", least=0)
     lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters", least=1)
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
-    max_iters: int = key(2000, "optimizer steps", least=1)
+    max_iters: int = key(2000, "optimizer steps", also="epochs", least=1)
     weight_decay: float = key(1.5, "weight decay, on matrices only", least=0)
     beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients", least=0, below=1)
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
@@ -123,32 +106,34 @@ class TrainConfig:
     log_interval: int = key(10, "steps between rows of log.csv", least=1)
 
     seed: int = key(1337, "of initial weights, batches and dropout", "machine", least=0, below=2**63)
-    device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
+    device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available", also="gpu backend")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"
     )
     compile: Literal["auto"] | bool = key("auto", "torch.compile; auto: on cuda, for long runs, else CUDA graphs")
     deterministic: bool = key(False, "repeat a run bit for bit on cuda, too; slower")
-    tensorboard: bool = key(False, "also write curves and samples for TensorBoard to out_dir")
+    tensorboard: bool = key(False, "also write curves for TensorBoard to out_dir", also="wandb_log")
 
     def __post_init__(self):
-        if self.decay_lr and self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
         if not self.out_dir:
             raise ValueError("out_dir is empty: it must name a folder")
         dataset_folder(self.dataset)
-        self.model_config(vocab_size=1)
         if self.init_from not in STARTS:
             self.init_from = os.path.normpath(self.init_from)
-            if not self.path("ckpt.pt").exists():  # a resumed run does not need its pretrained weights
-                checkpoint_in(self.init_from, STARTS)
+
+    def check(self, world_size: int) -> None:
+        """Raises ConfigError for keys that do not go together."""
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            raise ConfigError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
+        with as_config_error():
+            self.model_config(vocab_size=1)
+        self.micro_batch_size(world_size)
 
     def path(self, name: str) -> Path:
         return Path(self.out_dir) / name
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        shared = {field.name for field in fields(self)} & {field.name for field in fields(GPTConfig)}
-        return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in shared})
+        return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in MODEL_KEYS})
 
     def micro_batch_size(self, world_size: int) -> int:
         """Sequences that one process reads at a time. Raises ConfigError when the batch cannot be divided."""
@@ -159,77 +144,72 @@ class TrainConfig:
         return rows
 
 
+MODEL_KEYS = [name for name in TrainConfig.__annotations__ if name in GPTConfig.__annotations__]
+
+
+# The run
+
+
 def main(argv: list[str]) -> int | None:
     """Train; returns the exit status of a run that a signal stopped."""
     config = read(TrainConfig, argv)
-    scratch = config.init_from == "scratch"  # typed now; a resumed run gets what it began with
-    process = join_processes(config)
-    meta = process.on_rank_0(prepared, config.dataset)
-    with ExitStack() as until_the_end:
-        if not config.eval_only:
-            process.on_rank_0(lambda: until_the_end.enter_context(locked(config.path("lock"))))
-        state = initial_state(config, meta, process)
-        splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
+    again = "the same command" + " without --init_from" * (config.init_from == "scratch")
+    writing = rank_and_size()[0] == 0 and not config.eval_only
+    with locked(config.path("lock")) if writing else nullcontext():
+        state, splits, process = start(config)
         log = Log(config, state, process)
         if config.eval_only:
             return log.show(evaluate(state, splits, config, process))
-        model = compiled_and_parallel(state.model, config, process)
-        if process.rank == 0:
-            if state.step == 0:  # first: whenever a kill comes, the next start sees step 0 and does the rest
-                state.save("ckpt.pt", config)
-            log.begin()
-            if state.best_val_loss == math.inf:  # best.pt is another run's
-                config.path("best.pt").unlink(missing_ok=True)
-        update_best(state, splits["val"], config, process)
-        signals = until_the_end.enter_context(StopSignals())
-        pending = []  # loss and gradient norm of each step since the last report, on the device: no step waits for it
-        while True:
-            stop, showing = process.max_over_processes(signals.received, progress.due())
-            last = state.step >= config.max_iters
-            evaluation_due = last or state.step % config.eval_interval == 0
-            evaluating = evaluation_due and not stop
-            logging = evaluation_due or state.step % config.log_interval == 0 or state.step == 1
-            if logging or showing or stop:
-                # Raises where a loss is not finite, before anything is written.
-                metrics = log.measure(*checked(pending, state, config, process)) if pending else {}
-                # In this order: what a kill leaves out, the resumed run does.
-                if metrics and process.rank == 0:
-                    if logging:
-                        log.write(metrics)
-                    if evaluation_due or stop:  # before the evaluation: who stops a run may not wait for its end
-                        state.save("ckpt.pt", config)
-                if evaluating:
-                    losses = evaluate(state, splits, config, process)
-                    metrics |= losses
-                    if process.rank == 0:
-                        log.write(losses)
-                        if losses["val_loss"] == state.best_val_loss:
-                            state.save("ckpt.pt", config)
-                            state.save("best.pt", config)
-                log.show(metrics)
-                if evaluating and last:
-                    break
-                # A signal may have come during the evaluation. And after a stop, all wait for process 0, for torchrun
-                # ends the others as soon as one has left.
-                if evaluating or stop:
-                    stop = process.max_over_processes(signals.received)[0]
-                if stop:
-                    break
-                pending.clear()
-                log.start_clock()  # evaluating and saving are not training
-            pending.append(train_step(model, state, splits["train"], config, process))
-            state.step += 1
+        stop = train(state, splits, log, config, process)
     if stop:
-        again = "the same command without --init_from" if scratch else "the same command"
-        show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes from there")
+        show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes")
         return 128 + stop
-    best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}"
+    best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}, last {log.val_loss:.4f}"
     show(f"{best}, after {log.cost()}; try python sample.py {typed('out_dir', config.out_dir)}")
 
 
-def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
+def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig, process: Process) -> int:
+    """Take steps up to max_iters; returns the number of the signal that stopped the run before, else 0.
+
+    A resumed run begins at the head of the loop, too: what a kill cut off after ckpt.pt is done again, alike.
+    """
+    model = compiled_and_parallel(state.model, config, process)
+    with StopSignals() as signals:
+        while True:
+            stop = process.max_over_processes(signals.received)
+            evaluating = evaluation_due(state.step, config)
+            if evaluating or stop:  # before the evaluation, in which a kill may come: then it costs no step
+                state.save("ckpt.pt", config, process)
+            if stop:
+                break
+            if evaluating:
+                losses = evaluate(state, splits, config, process)
+                if state.step > 0 and losses["val_loss"] <= state.best_val_loss:
+                    state.best_val_loss, state.best_step = losses["val_loss"], state.step
+                    state.save("best.pt", config, process)
+                    state.save("ckpt.pt", config, process)  # for a run that is resumed with a higher max_iters
+                log.evaluation(losses)
+            if state.step >= config.max_iters:
+                break
+            loss_and_norm = train_step(model, state, splits["train"], config, process)
+            state.step += 1
+            if state.step in (1, config.max_iters) or state.step % config.log_interval == 0:
+                log.report(loss_and_norm)
+    process.barrier()  # process 0 may still save, and torchrun ends all when the first has left
+    return stop
+
+
+def evaluation_due(step: int, config: TrainConfig) -> bool:
+    return step % config.eval_interval == 0 or step >= config.max_iters
+
+
+# One step
+
+
+def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
     """One step down the gradient of batch `state.step`. Returns (loss, gradient norm), still on the device."""
-    state.optimizer.lr = learning_rate(state.step, config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, config)
     micro_steps = config.gradient_accumulation_steps
     total_loss = torch.zeros((), device=process.device)
     for micro_step in range(micro_steps):
@@ -248,25 +228,6 @@ def train_step(model: nn.Module, state: State, tokens: Tokens, config: TrainConf
     state.scaler.update()
     state.model.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients must stay views of its buckets
     return torch.stack((total_loss, grad_norm))
-
-
-def checked(pending: list[Tensor], state: State, config: TrainConfig, process: Process) -> tuple[float, float]:
-    """Loss and gradient norm of the last step, over all processes. Raises UserError if any step's is not finite."""
-    rows = (process.all_reduce(torch.stack(pending)) / process.world_size).tolist()  # waits for the device
-    for step, (loss, grad_norm) in enumerate(rows, state.step - len(rows) + 1):
-        # A float16 gradient may overflow: the scaler skips that step and halves its scale.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
-            raise diverged(f"loss is {loss}, gradient norm {grad_norm}", step, config)
-    if (scale := state.scaler.get_scale()) < 1:
-        raise diverged(f"gradient norm is {grad_norm}, even with the loss scaled by {scale}", state.step, config)
-    return loss, grad_norm
-
-
-def diverged(what: str, step: int, config: TrainConfig) -> UserError:
-    return UserError(
-        f"{what} at step {step}, learning rate {learning_rate(max(0, step - 1), config):.1e}; the last checkpoint is "
-        "untouched. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
-    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -305,26 +266,17 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
 
 
 def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
-    """The mean losses of both splits. `state` keeps the lowest validation loss after step 0.
+    """The mean losses of both splits on as many tokens: the first `eval_iters` batches, or all of the validation text.
 
-    Raises UserError for a validation loss that is not finite.
+    Bits per byte where it is all of it, and its size is known.
     """
-    n_tokens = evaluated_tokens(splits["val"], config)
+    whole = len(splits["val"]) - 1  # tokens to predict
+    n_tokens = min(config.eval_iters * config.batch_size * config.block_size or whole, whole)
     train_loss, val_loss = (mean_loss(state.model, split, n_tokens, config, process) for split in splits.values())
-    if not math.isfinite(val_loss):
-        raise diverged(f"validation loss is {val_loss}", state.step, config)
-    if state.step > 0 and val_loss <= state.best_val_loss:
-        state.best_val_loss, state.best_step = val_loss, state.step
-    metrics = {"train_loss": train_loss, "val_loss": val_loss}
-    if splits["val"].n_bytes and n_tokens == len(splits["val"]) - 1:  # the whole split, whose bytes are known
-        metrics["bits_per_byte"] = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
-    return metrics
-
-
-def evaluated_tokens(tokens: Tokens, config: TrainConfig) -> int:
-    """How many tokens of a split an evaluation predicts: those of the first `eval_iters` batches, or all."""
-    n_tokens = config.eval_iters * config.batch_size * config.block_size
-    return min(n_tokens or len(tokens), len(tokens) - 1)
+    losses = {"train_loss": train_loss, "val_loss": val_loss}
+    if splits["val"].n_bytes and n_tokens == whole:
+        losses["bits_per_byte"] = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
+    return losses
 
 
 @torch.no_grad()
@@ -333,195 +285,246 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
 
     The processes share the blocks. The model is the uncompiled one: these batches differ in shape from training's.
     """
-    n_tokens = min(n_tokens, len(tokens) - 1)
-    length = config.block_size
+    length, n_tokens = config.block_size, min(n_tokens, len(tokens) - 1)
     at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens that fill the device, however short the blocks
     rows = max(config.micro_batch_size(process.world_size), at_once // length)
     starts = np.arange(0, n_tokens - length + 1, length)
-    groups = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
+    blocks = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
     if rest := n_tokens % length:
-        groups.append((np.array([n_tokens - rest]), rest))
+        blocks.append((np.array([n_tokens - rest]), rest))
     model.eval()
-    losses = [torch.zeros((), device=process.device)]  # a process may have no group
-    for at, (group, length) in enumerate(groups[process.rank :: process.world_size]):
-        progress.show(f"evaluating {tokens.path}: {at * process.world_size / len(groups):.0%}")
+    losses = [torch.zeros((), device=process.device)]  # a process may have no block
+    for i in range(process.rank, len(blocks), process.world_size):
+        progress.show(f"evaluating {tokens.path}: {i / len(blocks):.0%}")
+        x, y = inputs_and_targets(tokens, *blocks[i], process.device)
         with process.autocast():
-            _, loss = model(*inputs_and_targets(tokens, group, length, process.device), need_logits=False)
-        losses.append(loss * (len(group) * length))
+            _, loss = model(x, y, need_logits=False)
+        losses.append(loss * x.numel())
     model.train()
     total = sum(torch.stack(losses).tolist())  # waits for the device
     return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
 
 
-def update_best(state: State, tokens: Tokens, config: TrainConfig, process: Process) -> None:
-    """Evaluate best.pt once more if its loss was measured on another number of validation tokens than is read now.
-
-    One that is gone or damaged, or does not fit the run, is forgotten.
-    """
-    path, before, state.best_tokens = config.path("best.pt"), state.best_tokens, evaluated_tokens(tokens, config)
-    exists = process.on_rank_0(path.exists)
-    if exists and before == state.best_tokens:
-        return
-    state.best_val_loss, state.best_step = math.inf, None
-    if exists:
-        with suppress(UserError):  # of a damaged file
-            model, best = open_model(path, config.dropout)
-            if model.config == state.model.config:
-                loss = mean_loss(model.to(process.device), tokens, state.best_tokens, config, process)
-                show(f"{path}: val loss {loss:.4f} on the {state.best_tokens:,} tokens that are evaluated now")
-                if loss < math.inf:
-                    state.best_val_loss, state.best_step = loss, best["step"]
+# Starting, saving and resuming
 
 
-# State and checkpoints
+TEXT_FACTS = ("sha256", "train_tokens", "shards")  # of meta.json and ckpt.pt: which text, how much of it
+NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
 
 
 @dataclass
 class State:
-    """All that a run is at one moment; `step` counts finished optimizer steps."""
+    """All that a run is at one moment; `step` counts finished optimizer steps. The files that it writes, and when:
+
+        at step 0        ckpt.pt; best.pt of an older run goes; log.csv begins anew with the first row
+        a report         a row of log.csv
+        an evaluation    ckpt.pt before it; after it, where the loss is the lowest, best.pt and ckpt.pt; then a row
+        a stop           ckpt.pt
+
+    Each file is whole at any moment. A resumed run begins with ckpt.pt, drops the rows of what comes after it and does
+    that again, to the same bits: a kill costs the time since ckpt.pt was written, nothing else.
+    """
 
     model: LanguageModel
-    optimizer: Optimizer
+    optimizer: Any  # with the interface of torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meta: dict  # meta.json of the dataset
     step: int = 0
     best_val_loss: float = math.inf  # of the evaluations after step 0
     best_step: int | None = None
-    best_tokens: int | None = None  # how many validation tokens best_val_loss was measured on
 
-    def save(self, name: str, config: TrainConfig) -> None:
-        """Write best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir.
+    def save(self, name: str, config: TrainConfig, process: Process) -> None:
+        """Process 0 writes best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir.
 
-        Weights that are not finite are not saved: the evaluation that follows stops the run.
+        Raises UserError for weights that are not finite.
         """
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if process.rank > 0:
             return
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise diverged("weights are not finite", self.step, config)
         checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
-        checkpoint |= {name: getattr(self, name) for name in ("step", "best_val_loss", "best_step", "best_tokens")}
+        checkpoint |= {"step": self.step, "best_val_loss": self.best_val_loss, "best_step": self.best_step}
         checkpoint |= {"config": asdict(config), **{fact: self.meta[fact] for fact in TEXT_FACTS if fact in self.meta}}
         checkpoint["tokenizer"] = {fact: self.meta[fact] for fact in TOKENIZER_FACTS if fact in self.meta}
         if name == "ckpt.pt":
-            checkpoint |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+            moments = {"class": type(self.optimizer).__name__, "state": self.optimizer.state_dict()["state"]}
+            checkpoint |= {"optimizer": moments, "scaler": self.scaler.state_dict()}
         with replacing(config.path(name)) as file:
             torch.save(checkpoint, file)
+        if self.step == 0:
+            config.path("best.pt").unlink(missing_ok=True)
 
     def restore(self, checkpoint: dict) -> None:
-        """Set optimizer, scaler and step to the checkpoint's. Raises ValueError where they do not fit the weights."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if scaler := checkpoint["scaler"]:
-            if shapes_and_types(scaler) != shapes_and_types(torch.amp.GradScaler("cpu").state_dict()):
-                raise ValueError(f"its scaler is {short(scaler)}")
-            self.scaler.load_state_dict(scaler)
-        for name in ("step", "best_val_loss", "best_step", "best_tokens"):
-            if not isinstance(number := checkpoint[name], float if name == "best_val_loss" else int | None):
-                raise ValueError(f"its {name} is {short(number)}")
-            setattr(self, name, number)
+        """Set all but the weights to the checkpoint's. Raises ValueError where it does not fit."""
+        # Rates and decay, which torch's optimizers keep beside their state, stay those of the settings.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+        if checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step, self.best_val_loss, self.best_step = map(checkpoint.get, ("step", "best_val_loss", "best_step"))
+        if type(self.step) is not int or self.step < 0 or math.isnan(self.best_val_loss):
+            raise ValueError(f"step {self.step!r}, best_val_loss {self.best_val_loss!r}")
 
 
-def initial_state(config: TrainConfig, meta: dict, process: Process) -> State:
-    """What the run starts from: out_dir/ckpt.pt, pretrained weights or nothing. `config` adopts their shape."""
-    path = config.path("ckpt.pt")
-    source = starting_point(config, path)
-    model, checkpoint = open_model(source, config.dropout) if source else (None, {})
-    step = checkpoint.get("step")
-    if process.on_rank_0(lambda: step) != step:
-        raise UserError(f"{path} is not the same on every machine: all must see the same folder")
-    if model:
-        if isinstance(model, GPT) and source != path and "block_size" in config.given:
-            model.crop(min(config.block_size, model.config.block_size))
-        with usable(source):
-            if source == path and "moments" not in checkpoint.get("optimizer", {}):
-                advice = f"use {typed('init_from', path)} and another --out_dir"
-                raise ConfigError(f"{path} has no optimizer state that fits: {advice}")
-            adopt_shape(config, meta, model, checkpoint, source)
+@dataclass
+class Source:
+    """What a run starts from, if not from random weights: out_dir's checkpoint, or pretrained weights. Of the keys,
+
+        those not given    follow the checkpoint, but for NOT_FOLLOWED; of pretrained weights they follow the shape
+        those given        count; but the shape, optimizer and init_from must be the checkpoint's,
+
+    and the tokenizer must be the dataset's; the checkpoint's text, too.
+    """
+
+    path: Path | str
+    resuming: bool
+    model: LanguageModel
+    checkpoint: dict  # what else there is beside the weights
+    changed: dict[str, str]  # keys that were given and differ: {"dropout": "dropout 0.1 -> 0.3"}
+    followed: list[str]  # keys that were not, and differ from what they would be otherwise: ["n_layer 2"]
+
+
+def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
+    """The state that the run starts in, its data and processes. `config` follows the checkpoint first: it may tell the
+    dataset, too.
+    """
+    source = find_source(config)
+    process = join_processes(config)
+    config.check(process.world_size)
+    if process.rank == 0:
+        prepared(config.dataset)
+    process.barrier()
+    meta = load_meta(config.dataset)
+    splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
+    if source:
+        refuse_another(source, meta)
+        state = new_state(source.model, meta, config, process)
     else:
         torch.manual_seed(config.seed)
         model = MODELS[config.model](config.model_config(meta["vocab_size"]))
+        state = new_state(model, meta, config, process)
+    if source and source.resuming:
+        resume(state, source, config)
+    elif source:
+        show(f"starting from {source.path}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
+    if process.max_over_processes(state.step) > state.step:
+        raise UserError(f"{config.path('ckpt.pt')} is not the same on every machine: all must see the same folder")
+    show(f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters on {process}")
+    warn_of_hours(state, config, process)
+    return state, splits, process
+
+
+def find_source(config: TrainConfig) -> Source | None:
+    """Raises ConfigError rather than overwrite a run, and for a source that does not exist."""
+    path, best = config.path("ckpt.pt"), config.path("best.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
+    if path.exists() and (config.init_from != "scratch" or restarted):
+        return opened(path, True, config)
+    if config.init_from == "scratch":
+        return None
+    if best.exists():
+        begin = f"start from it with {typed('init_from', best)} and another --out_dir"
+        raise ConfigError(f"there is {best} but no {path}: {begin}, or overwrite it with --init_from=scratch")
+    if config.init_from == "resume":
+        raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
+    if config.init_from == "auto":
+        return None
+    with as_config_error():
+        return opened(checkpoint_in(config.init_from) or config.init_from, False, config)
+
+
+SHAPE = ["model", *(name for name in MODEL_KEYS if name != "dropout")]
+
+
+def opened(path: Path | str, resuming: bool, config: TrainConfig) -> Source:
+    """Open the weights and let `config` follow what they say, checked as if it were typed."""
+    quiet_hub(needed=not Path(path).exists())
+    with explained(f"cannot open {path}", "; restore a copy, or name another one"):
+        model, checkpoint = open_model(path)
+        if not resuming and isinstance(model, GPT) and "block_size" in config.given:
+            model.crop(min(config.block_size, model.config.block_size))
+        shape = asdict(model.config) | {"model": type(model).__name__.lower()}
+        saved = {name: shape[name] for name in SHAPE}
+        if resuming:  # a key that is newer than the checkpoint had its default
+            defaults = {field.name: field.default for field in fields(config)}
+            saved = defaults | checkpoint["config"] | saved
+            if config.init_from in STARTS:
+                config.init_from = saved["init_from"]
+        changed, followed = {}, []
+        for name in [field.name for field in fields(config) if field.name in saved]:
+            before, now = convert(TrainConfig, name, saved[name], f"{path}: {name}"), getattr(config, name)
+            if before != now and name in config.given:
+                changed[name] = f"{name} {short(before)} -> {short(now)}"
+            elif before != now and name not in NOT_FOLLOWED:
+                setattr(config, name, before)
+                followed.append(f"{name} {short(before)}")
+        model.config.dropout = config.dropout  # where all parts of the model read it
+        facts = checkpoint_tokenizer(checkpoint, path) if checkpoint else {}
+        checkpoint["tokenizer"] = facts | {"vocab_size": model.config.vocab_size}
+    return Source(path, resuming, model, checkpoint, changed, followed)
+
+
+def refuse_another(source: Source, meta: dict) -> None:
+    """Raises ConfigError where shape, optimizer, tokenizer or text are not those of the source."""
+    different = [text for name, text in source.changed.items() if name in (*SHAPE, "optimizer", "init_from")]
+    theirs = source.checkpoint["tokenizer"] | (source.checkpoint if source.resuming else {})
+    for name in (*TOKENIZER_FACTS[1:], *TEXT_FACTS):  # not by the tokenizer's name, but by its tokens
+        if name in theirs and name in meta and theirs[name] != meta[name]:
+            different.append(f"{name} {short(theirs[name])} -> {short(meta[name])}")
+    if not different:
+        return
+    if source.resuming:
+        advice = f"take another --out_dir, where {typed('init_from', source.path)} fine-tunes these weights"
+    else:
+        tokens = f"python prepare.py --dataset=NAME --input=FILE {typed('tokenizer', source.path)}"
+        advice = f"leave out keys of the shape; {tokens} makes tokens that fit"
+    what = f"another model or text or optimizer than asked for ({', '.join(different)})"
+    raise ConfigError(f"{source.path} holds {what}; {advice}")
+
+
+def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Process) -> State:
     model.to(process.device)
     # Small float16 gradients would vanish without a scale; the other dtypes need none.
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    state = State(model, Optimizer(model, config, process.dtype), scaler, meta)
-    if source == path:
-        with usable(path):
-            state.restore(checkpoint)
-        changed = ", ".join(changes(checkpoint["config"], asdict(config)).values())
-        show(f"resuming from {path} at step {state.step}" + (f"; changed since: {changed}" if changed else ""))
-    elif source:
-        show(f"starting from {source}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
-    elif config.eval_only:
-        show(f"random weights are evaluated, not {path}")
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    show(f"{n_parameters / 1e6:.2f}M parameters on {process}")
-    if config.warmup_iters >= config.max_iters and not config.eval_only:
-        numbers = f"warmup_iters ({config.warmup_iters}) is not below max_iters ({config.max_iters})"
-        show(f"{numbers}: the learning rate rises until the end and never decays")
-    if state.step >= config.max_iters and not config.eval_only:
-        show(f"max_iters ({config.max_iters}) is reached: raise it, or take another --out_dir")
-    left = 1 - state.step / config.max_iters
-    hours = left * flops_of_run(model, config) / (CPU_FLOPS * torch.get_num_threads() * process.world_size * 3600)
+    return State(model, Optimizer(model, config, process.dtype), scaler, meta)
+
+
+def resume(state: State, source: Source, config: TrainConfig) -> None:
+    """Set the state to the checkpoint's. Raises UserError where it does not fit."""
+    optimizer = type(state.optimizer).__name__
+    with explained(f"cannot open {source.path}", "; restore a copy, or name another one"):
+        if source.checkpoint.get("optimizer", {}).get("class") != optimizer:
+            advice = f"use {typed('init_from', source.path)} and another --out_dir"
+            raise ConfigError(f"{source.path} has no optimizer state that fits {optimizer}: {advice}")
+        state.restore(source.checkpoint)
+    if state.step > config.max_iters and not config.eval_only:
+        past = f"{source.path} is at step {state.step}, past {typed('max_iters', config.max_iters)}"
+        raise ConfigError(f"{past}: raise it, or take another --out_dir")
+    changed = f"; changed since: {', '.join(source.changed.values())}" if source.changed else ""
+    followed = f"; as in the checkpoint: {', '.join(source.followed)}" if source.followed else ""
+    show(f"resuming from {source.path} at step {state.step}{changed}{followed}")
+    # batch_size counts only where eval_iters counts batches.
+    other_tokens = source.changed.keys() & ({"eval_iters", "batch_size"} if config.eval_iters else {"eval_iters"})
+    if state.best_step and (other_tokens or not config.path("best.pt").exists()):
+        state.best_val_loss, state.best_step = math.inf, None
+        show("best.pt is gone, or of another evaluation: the lowest loss starts over")
+
+
+def warn_of_hours(state: State, config: TrainConfig, process: Process) -> None:
+    """It saves who types `python train.py` on a laptop an evening."""
+    flops = flops_of_run(state.model, config) * (1 - state.step / config.max_iters)
+    hours = flops / (CPU_FLOPS * torch.get_num_threads() * process.world_size) / 3600
     if hours > 1 and process.device.type == "cpu" and not config.eval_only:
         small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
         show(f"this takes hours on a CPU, on one like ours about {hours:,.1f}; {small}")
-    return state
 
 
-def starting_point(config: TrainConfig, path: Path) -> Path | str | None:
-    """The checkpoint `path` to resume, pretrained weights, or None. Raises ConfigError rather than overwrite a run."""
-    best = path.with_name("best.pt")
-    if config.init_from == "scratch":
-        if path.exists() and was_restarted():
-            raise ConfigError(f"--init_from=scratch would overwrite {path}; without it, the run resumes")
-        return None
-    if path.exists():
-        return path
-    if best.exists():
-        start = f"start from it with {typed('init_from', best)} and another --out_dir"
-        raise ConfigError(f"there is {best} but no {path}: {start}, or overwrite it with --init_from=scratch")
-    if config.init_from == "resume":
-        raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
-    return None if config.init_from in STARTS else config.init_from
+def diverged(what: str, step: int, config: TrainConfig) -> UserError:
+    rate = f"learning rate {learning_rate(max(0, step - 1), config):.1e}"
+    advice = "Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    return UserError(f"{what} at step {step}, {rate}; the last checkpoint is untouched. {advice}")
 
 
-def adopt_shape(config: TrainConfig, meta: dict, model: LanguageModel, checkpoint: dict, source: Path | str) -> None:
-    """Put the shape of the weights into `config`; when resuming, also init_from, the optimizer and what belongs to it.
-
-    Raises ConfigError where a key that was given contradicts them, or where the dataset has another tokenizer or text.
-    """
-    resuming = source == config.path("ckpt.pt")
-    adopted = (*SHAPE, "optimizer", "init_from") if resuming else SHAPE
-    asked = config.given - ({"init_from"} if config.init_from in STARTS else set())
-    found = {**checkpoint.get("tokenizer", {}), **checkpoint.get("config", {}), **asdict(model.config)}
-    found |= {"model": type(model).__name__.lower()} | {name: checkpoint.get(name) for name in TEXT_FACTS if resuming}
-    wanted = {name: getattr(config, name) for name in adopted if name in asked}
-    facts = ("vocab_size", "chars", "json", *TEXT_FACTS)
-    wanted |= {name: meta[name] for name in facts if name in meta and found.get(name)}
-    if different := changes(found, wanted):
-        advice = "; use another --out_dir, or overwrite this run with --init_from=scratch"
-        if not resuming and different.keys() & {"vocab_size", "chars", "json"}:
-            tokens = f"{typed('dataset', config.dataset)} --input=FILE {typed('tokenizer', source)}"
-            advice = f"; prepare the text in its tokens: python prepare.py {tokens}"
-        elif not resuming:
-            advice = f"; these weights have a shape: leave out {' '.join(f'--{name}' for name in different)}"
-        elif different.keys() == {"init_from"}:
-            advice = "; use another --out_dir, or leave out --init_from to resume this run"
-        elif different.keys() == {"optimizer"}:
-            own = (typed(name, found[name]) for name in ("optimizer", *RATES) if found[name] != getattr(config, name))
-            advice = f"; use another --out_dir, or resume this run with {' '.join(own)}"
-        elif different.keys() <= {*TEXT_FACTS}:
-            advice = f"; use another --out_dir, where {typed('init_from', source)} fine-tunes these weights"
-            if "shards" in different:
-                way = f"python prepare.py {typed('dataset', config.dataset)} {typed('shards', found['shards'])}"
-                advice += f", or take its shards again: {way}"
-        what = f"another model or text or optimizer than asked for ({', '.join(different.values())})"
-        raise ConfigError(f"{source} holds {what}{advice}")
-    for name in (*adopted, *(name for name in RATES if resuming and name not in config.given)):
-        setattr(config, name, type(getattr(config, name))(found[name]))
-
-
-def changes(old: dict, new: dict) -> dict[str, str]:
-    """What differs of what both have, in few words, by name: {"dropout": "dropout 0.1 -> 0.2"}."""
-    different = {name: value for name, value in new.items() if name in old and repr(old[name]) != repr(value)}
-    return {name: f"{name} {short(old[name])} -> {short(value)}" for name, value in different.items()}
+# The optimizer
 
 
 class Optimizer:
@@ -530,59 +533,62 @@ class Optimizer:
     optimizer="muon": the matrices inside the blocks step along their momentum made orthogonal (Jordan et al., 2024): no
     direction dominates then. Its size is that of AdamW's step (Liu et al., 2025); yet the best rates are higher here.
 
-    Of torch.optim this calls a function, for its classes import torch.compile's machinery, which took 4.6 of the 13.3
-    seconds before the first step of the reference run on an H100 (torch 2.11).
+    Any of torch.optim's classes may take its place. Here only a function of theirs is called, for to import them takes
+    torch.compile's machinery, 4.6 of the 13.3 s before the first step of the reference run on an H100 (torch 2.11).
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32):
-        self.config, self.dtype = config, torch.float32 if dtype == torch.float16 else dtype  # float16 underflows
-        self.lr = 0.0
-        # For torch's GradScaler. Fused AdamW skips a float16 step that overflows by itself; for Muon the scaler waits.
-        self._step_supports_amp_scaling = config.optimizer == "adamw"
-        alike = defaultdict(list)  # parameters that take one step together
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype  # of Muon's products; float16 underflows
+        self.betas = {"beta1": config.beta1, "beta2": config.beta2}
+        alike = defaultdict(dict)  # parameters that take one step together, by name
         for name, p in model.named_parameters():
-            by_muon = config.optimizer == "muon" and p.dim() == 2 and ".h." in name
-            alike[by_muon, p.shape if by_muon else p.dim() == 2].append(p)
-        self.param_groups = []
-        for (by_muon, _), params in alike.items():
-            if by_muon:  # the means of the gradients (n, rows, columns)
-                moments = [torch.zeros_like(torch.stack(params))]
-            else:  # numbers of steps (n,), then the means of the gradients and those of their squares
-                steps = torch.zeros(len(params), device=params[0].device)
-                moments = [steps, *(torch.zeros_like(p) for p in params * 2)]
+            if config.optimizer == "muon" and p.dim() == 2 and ".h." in name:
+                alike["muon", p.shape][name] = p
+            else:
+                alike["adamw", p.dim() == 2][name] = p
+        self.param_groups, self.state = [], {}
+        for (rule, _), named in alike.items():
+            params = [*named.values()]
+            if rule == "muon":  # the means of the gradients (n, rows, columns)
+                moments = {"momentum": torch.zeros_like(torch.stack(params))}
+            else:  # the means of the gradients and of their squares, the numbers of steps (n,)
+                moments = {name: [torch.zeros_like(p) for p in params] for name in ("mean", "square")}
+                moments["steps"] = torch.zeros(len(params), device=params[0].device)
             decay = config.weight_decay if params[0].dim() == 2 else 0.0
-            self.param_groups.append({"params": params, "moments": moments, "weight_decay": decay, "by_muon": by_muon})
+            group = {"params": params, "lr": 0.0, "weight_decay": decay, "update": getattr(self, rule)}
+            self.param_groups.append(group | moments)
+            for i, name in enumerate(named):  # the same memory, by name
+                self.state |= {f"{name}.{moment}": values[i] for moment, values in moments.items()}
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            step = self.muon if group["by_muon"] else self.adamw
-            step(group["params"], group["moments"], group["weight_decay"])
+            group["update"](group)
 
-    def adamw(self, params: list[Tensor], moments: list[Tensor], weight_decay: float) -> None:
-        (steps, *means), n = moments, len(params)
-        tensors = (params, [p.grad for p in params], means[:n], means[n:], [], [*steps.unbind()])
-        betas = {"beta1": self.config.beta1, "beta2": self.config.beta2}
-        settings = {"lr": self.lr, "weight_decay": weight_decay, "eps": 1e-8, "amsgrad": False, "maximize": False}
-        adamw(*tensors, fused=True, found_inf=getattr(self, "found_inf", None), **betas, **settings)
+    def adamw(self, group: dict) -> None:
+        gradients = [p.grad for p in group["params"]]
+        tensors = (group["params"], gradients, group["mean"], group["square"], [], [*group["steps"].unbind()])
+        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": 1e-8}
+        adamw(*tensors, **self.betas, **rates, fused=True, amsgrad=False, maximize=False)
 
-    def muon(self, params: list[Tensor], moments: list[Tensor], weight_decay: float) -> None:
-        gradients, (momentum,) = torch.stack([p.grad for p in params]), moments  # (n, rows, columns): all at once
+    def muon(self, group: dict) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        gradients = torch.stack([p.grad for p in group["params"]])  # (n, rows, columns): all at once
         momentum.lerp_(gradients, 1 - 0.95)
         directions = orthogonal(gradients.lerp(momentum, 0.95).to(self.dtype))  # Nesterov's: one step ahead
-        for p, direction in zip(params, directions, strict=True):
-            p.mul_(1 - self.lr * weight_decay).add_(direction, alpha=-0.2 * math.sqrt(max(p.shape)) * self.lr)
+        for p, direction in zip(group["params"], directions, strict=True):
+            p.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
 
-    def state_dict(self) -> dict:
-        return {"moments": [group["moments"] for group in self.param_groups]}
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """{"state": the moments of each parameter, by their names}"""
+        return {"state": self.state}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Raises ValueError for a state of other parameters, or of another optimizer."""
-        if shapes_and_types(state) != shapes_and_types(self.state_dict()):
+        if {name: m.shape for name, m in saved["state"].items()} != {name: m.shape for name, m in self.state.items()}:
             raise ValueError("its optimizer state does not fit its weights")
-        for group, saved in zip(self.param_groups, state["moments"], strict=True):
-            for moment, value in zip(group["moments"], saved, strict=True):
-                moment.copy_(value)
+        for name, moment in self.state.items():
+            moment.copy_(saved["state"][name])
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -596,7 +602,7 @@ def orthogonal(x: Tensor) -> Tensor:
     return x
 
 
-# Processes and devices
+# Processes
 
 
 @dataclass(frozen=True)
@@ -607,6 +613,7 @@ class Process:
     world_size: int
     device: torch.device
     dtype: torch.dtype
+    patient: dist.ProcessGroup | None = None  # all of them, waiting for each other for days if need be
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018).
@@ -621,24 +628,14 @@ class Process:
             dist.all_reduce(values, op)
         return values
 
-    def max_over_processes(self, *numbers: int) -> list[int]:
-        """The largest of each over all processes, so that they decide alike; between CPUs: no GPU is waited for."""
-        return self.all_reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
+    def max_over_processes(self, number: int) -> int:
+        """The largest over all processes, so that they decide alike; between CPUs: no GPU is waited for."""
+        return int(self.all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
-    def on_rank_0(self, make: Callable[..., Any], *arguments: object) -> Any:
-        """Call `make` in process 0, while the others wait; all of them return its result or raise its error."""
-        made = [None]
-        if self.rank == 0:
-            try:
-                made = [make(*arguments)]
-            except (UserError, OSError) as error:
-                made = [error]
+    def barrier(self) -> None:
+        """Wait until all are here. To download 20 GB takes longer than the half hour of torch's own patience."""
         if self.world_size > 1:
-            # To download 20 GB takes longer than the half hour after which torch takes a process for lost.
-            dist.broadcast_object_list(made, group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
-        if isinstance(made[0], Exception):
-            raise made[0] if self.rank == 0 or isinstance(made[0], UserError) else UserError(str(made[0]))
-        return made[0]
+            dist.barrier(self.patient)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -646,10 +643,10 @@ class Process:
 
 
 def join_processes(config: TrainConfig) -> Process:
-    """Join the processes that torchrun started. Raises ConfigError for a batch size or device that does not fit."""
+    """Join the processes that torchrun started. Raises ConfigError for a device or dtype that is not available."""
     rank, world_size = rank_and_size()
-    config.micro_batch_size(world_size)
-    device = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with as_config_error():
+        device = choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
         torch.use_deterministic_algorithms(True)
@@ -658,33 +655,13 @@ def join_processes(config: TrainConfig) -> Process:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         warnings.filterwarnings("ignore", "TensorFloat32")  # torch.compile advises it: here float32 is float32
-    dtype = training_dtype(config.dtype, device)
+    with as_config_error():
+        dtype = training_dtype(config.dtype, device)  # of the card in use
     if world_size > 1:
-        place = {}
-        if os.environ.get("GROUP_WORLD_SIZE") == "1" and was_restarted():
-            # torchrun's store still holds the addresses of the dead processes (pytorch issue 135712).
-            store, _, _ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            place = {"store": store, "rank": rank, "world_size": world_size}
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=gpu, **place)
+        dist.init_process_group(backend, device_id=gpu)
+        return Process(rank, world_size, device, dtype, dist.new_group(backend="gloo", timeout=timedelta(days=7)))
     return Process(rank, world_size, device, dtype)
-
-
-def was_restarted() -> bool:
-    """Whether torchrun has started this process again after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype `name`, or the fastest that is safe on the device. Raises ConfigError for an unsafe one."""
-    if name == "float16" and device.type != "cuda":
-        raise ConfigError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
-    # bfloat16 is faster with AMX, and with AVX-512's instructions for it on an AMD EPYC. On an Intel Xeon (family 6,
-    # model 207) without its AMX, a step of the small recipe takes 1.6 times as long as in float32.
-    cpu = torch.cpu.get_capabilities()
-    fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
-    return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
 
 
 def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
@@ -729,54 +706,47 @@ def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Cal
     return lambda x, y, need_logits: (None, loss(x, y))
 
 
-# Metrics
+# The log
 
 
 class Log:
-    """The metrics of a step go to the console, to out_dir/log.csv and to TensorBoard."""
+    """The metrics of a run go to the console, to out_dir/log.csv and to TensorBoard.
+
+    A report has a row, and an evaluation. A metric that is new in a row is a column, at the end.
+    """
 
     COLUMNS = ("step", "seconds", "loss", "train_loss", "val_loss", "bits_per_byte",
                "lr", "grad_norm", "tokens_per_second", "mfu")  # fmt: skip
 
     def __init__(self, config: TrainConfig, state: State, process: Process):
         self.config, self.state, self.process = config, state, process
-        self.path, self.writer = config.path("log.csv"), None
-        self.flops_per_token = flops_per_token(state.model, config.block_size)
-        self.peak_flops = peak_flops(process)
-        self.pace = []  # seconds a step, one figure a report
+        self.path, self.begun = config.path("log.csv"), False
+        self.peak_flops = peak_flops(process.device, process.dtype)
+        self.rows = self.kept_rows()
+        self.columns = [*dict.fromkeys((*self.COLUMNS, *(name for row in self.rows for name in row)))]
         self.start_clock()
-        self.rows = self.rows_until(state.step)  # of the run that is resumed: {step: row}
-        self.started = self.since - max((float(row["seconds"]) for row in self.rows.values()), default=0)
+        self.started = self.since - max((float(row["seconds"]) for row in self.rows), default=0)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=state.step + (state.step > 0))
-            with explained(f"data/{config.dataset}/meta.json has no usable tokenizer"):
-                self.tokenizer = tokenizer_of(state.meta)
+            # The report of the step that is resumed stays; what comes after it is written again.
+            self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=state.step + 1 if state.step else 0)
 
-    def rows_until(self, step: int) -> dict[int, dict[str, object]]:
-        """The rows of log.csv that a run resumed at `step` keeps, none at step 0; damaged ones are dropped."""
-        rows = {}
-        text = self.path.read_text(errors="replace") if step and self.path.exists() else ""
-        for line in text.splitlines():
-            with suppress(ValueError):
-                row = dict(zip(self.COLUMNS, line.split(","), strict=True))
-                if int(row["step"]) <= step and float(row["seconds"]) >= 0:
-                    rows[int(row["step"])] = row
+    def kept_rows(self) -> list[dict[str, object]]:
+        """The rows of log.csv up to the step that is resumed, but its evaluation where it is due again.
+
+        Damaged rows are dropped.
+        """
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        due, rows = evaluation_due(self.state.step, self.config), []
+        for line in lines[1:]:
+            with suppress(ValueError, KeyError):
+                row = dict(zip(lines[0].split(","), line.split(","), strict=True))
+                step, seconds = int(row["step"]), float(row["seconds"])
+                repeated = step == self.state.step and due and row["val_loss"]
+                if step <= self.state.step and seconds >= 0 and not repeated:
+                    rows.append(row)
         return rows
-
-    def begin(self) -> None:
-        """Open log.csv and TensorBoard's events, without the steps that will be taken again."""
-        self.replace_rows()
-        if self.config.tensorboard:
-            self.writer = self.open_writer()
-
-    def replace_rows(self) -> None:
-        with replacing(self.path) as file:
-            file.write("".join(map(self.line, ({name: name for name in self.COLUMNS}, *self.rows.values()))).encode())
-
-    def line(self, row: dict[str, object]) -> str:
-        return ",".join(str(row.get(column, "")) for column in self.COLUMNS) + "\n"
 
     def start_clock(self) -> None:
         self.since_step, self.since = self.state.step, time.perf_counter()
@@ -790,73 +760,71 @@ class Log:
         memory = f" and at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if on_gpu else ""
         return f"{self.seconds():.0f} s{memory}"
 
-    def measure(self, loss: float, grad_norm: float) -> dict[str, float]:
-        """The metrics of the last step; its speed is the mean since the clock was started."""
-        self.pace.append((time.perf_counter() - self.since) / (self.state.step - self.since_step))
-        speed = self.config.batch_size * self.config.block_size / self.pace[-1]  # tokens a second
-        lr = learning_rate(self.state.step - 1, self.config)
+    def report(self, figures: Tensor) -> None:
+        """Wait for the device; write and show the metrics of the last step, its speed being the mean since the last
+        report or evaluation. Raises UserError where loss or gradient norm are not finite.
+        """
+        state, config = self.state, self.config
+        loss, grad_norm = (self.process.all_reduce(figures) / self.process.world_size).tolist()
+        scale = state.scaler.get_scale()  # float16: a step whose gradients overflow is skipped, and the scale halved
+        if not math.isfinite(loss) or scale < 1 or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
+            scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
+            raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", state.step, config)
+        seconds = (time.perf_counter() - self.since) / (state.step - self.since_step)  # of a step
+        lr, speed = learning_rate(state.step - 1, config), config.batch_size * config.block_size / seconds
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-        return metrics | ({"mfu": self.flops_per_token * speed / self.peak_flops} if self.peak_flops else {})
+        if self.peak_flops:
+            metrics["mfu"] = state.model.flops_per_token() * speed / (self.peak_flops * self.process.world_size)
+        self.write(metrics)
+        mfu = f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
+        eta = timedelta(seconds=round((config.max_iters - state.step) * seconds))
+        speed = f"{speed / 1e3:,.{int(speed < 1e4)}f}k tok/s"
+        text = f"step {state.step}/{config.max_iters} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
+        progress.show(f"{text}{speed} | {mfu}eta {eta}")
+        self.start_clock()
 
-    def show(self, metrics: dict[str, float]) -> None:
-        """Show the losses of an evaluation, and how far the run is."""
-        step, config = self.state.step, self.config
-        if "val_loss" in metrics:
-            show(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
-        if "bits_per_byte" in metrics:
-            show(f"step {step}: {metrics['bits_per_byte']:.4f} bits per byte of the validation text")
-        if "loss" not in metrics:
-            return
-        left = (config.max_iters - step) * np.median(self.pace[1:][-9:] or self.pace)  # the first step is slow
-        speed, mfu = metrics["tokens_per_second"] / 1e3, f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
-        text = f"step {step}/{config.max_iters} | loss {metrics['loss']:.2f} | lr {metrics['lr']:.1e} | "
-        text += f"grad {metrics['grad_norm']:.2f} | {speed:,.{int(speed < 10)}f}k tok/s | {mfu}"
-        progress.show(f"{text}eta {timedelta(seconds=round(left))}")
+    def evaluation(self, losses: dict[str, float]) -> None:
+        """Write and show the metrics of an evaluation; its time is not that of training."""
+        self.val_loss = losses["val_loss"]
+        self.write(losses)
+        self.show(losses)
+        self.start_clock()
+
+    def show(self, losses: dict[str, float]) -> None:
+        bits = f", {losses['bits_per_byte']:.2f} bits per byte" if "bits_per_byte" in losses else ""
+        train_loss, val_loss = f"train loss {losses['train_loss']:.4f}", f"val loss {losses['val_loss']:.4f}"
+        show(f"step {self.state.step}: {train_loss}, {val_loss}{bits}")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Add the row of this step; where a resumed run repeats an evaluation, replace its columns in the old row."""
-        step = self.state.step
-        row = {"step": step, "seconds": round(self.seconds(), 3)} | self.rows.get(step, {}) | {"bits_per_byte": ""}
+        """Process 0 adds a row; the first one replaces the file, without the rows of steps that are taken again."""
+        if self.process.rank > 0:
+            return
+        row = {"step": self.state.step, "seconds": round(self.seconds(), 3)}
         row |= {name: f"{value:.7g}" for name, value in metrics.items()}
-        repeated, self.rows[step] = step in self.rows, row
-        if repeated:
-            self.replace_rows()
+        new = [name for name in row if name not in self.columns]
+        self.rows.append(row)
+        self.columns += new
+        if new or not self.begun:
+            header = {name: name for name in self.columns}
+            with replacing(self.path) as file:
+                file.write("".join(map(self.line, (header, *self.rows))).encode())
         else:
             with open(self.path, "a") as file:
                 file.write(self.line(row))
-        if self.writer:
+        if self.config.tensorboard:
+            if not self.begun:
+                self.writer = self.open_writer()
             for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
-            if "val_loss" in metrics:  # indented: Markdown shows it verbatim
-                self.writer.add_text("sample", "    " + self.sample().replace("\n", "\n    "), step)
+                self.writer.add_scalar(name, value, self.state.step)
             self.writer.flush()
+        self.begun = True
 
-    def sample(self) -> str:
-        """What the model writes by now: 200 tokens."""
-        generator = torch.Generator(self.process.device).manual_seed(self.config.seed)
-        start = torch.tensor([[first_token(self.tokenizer)]], device=self.process.device)
-        tokens = self.state.model.generate(start, 200, temperature=0.8, generator=generator)
-        return self.tokenizer.decode(tokens[0].cpu().numpy())
-
-
-def flops_per_token(model: LanguageModel, block_size: int) -> int:
-    """Floating-point operations of training on one token: 6 per weight, 12 T C per attention (PaLM, appendix B)."""
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    attentions = model.config.n_layer if isinstance(model, GPT) else 0
-    return 6 * weights + 12 * attentions * block_size * model.config.n_embd
+    def line(self, row: dict[str, object]) -> str:
+        return ",".join(str(row.get(name, "")) for name in self.columns) + "\n"
 
 
 def flops_of_run(model: LanguageModel, config: TrainConfig) -> int:
-    return flops_per_token(model, config.block_size) * config.batch_size * config.block_size * config.max_iters
-
-
-def peak_flops(process: Process) -> float | None:
-    """Peak FLOP/s of all processes' devices together; None where unknown."""
-    if process.device.type != "cuda" or process.dtype == torch.float32:
-        return None
-    name = torch.cuda.get_device_name(process.device)
-    peaks = (peak for card, peak in PEAK_FLOPS.items() if re.search(card, name) and "MIG" not in name)
-    return next((peak * process.world_size for peak in peaks), None)
+    return model.flops_per_token() * config.batch_size * config.block_size * config.max_iters
 
 
 if __name__ == "__main__":

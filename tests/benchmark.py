@@ -41,7 +41,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import train  # noqa: E402
 from config import read  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, peak_flops  # noqa: E402
 from prepare import Tokens, load_meta, prepared  # noqa: E402
 
 tell = partial(print, file=sys.stderr, flush=True)
@@ -273,7 +273,7 @@ def step(bench: Bench) -> list[Row]:
     """An optimizer step of the reference model: 64 sequences of 256 tokens, in 4 micro-batches."""
     if peer := bench.peer and bench.elsewhere(peer_step, bench.peer):
         peer()
-    flops = train.flops_per_token(GPT(REFERENCE), REFERENCE.block_size) * BATCH * REFERENCE.block_size
+    flops = GPT(REFERENCE).flops_per_token() * BATCH * REFERENCE.block_size
     limit = [flops / bench.flops]
     return [
         bench.row("training step, reference model, 16,384 tokens", our_step(), peer, limit=limit),
@@ -287,7 +287,8 @@ def our_step(vocab_size: int = 65, n_steps: int = 1, **settings: object) -> Call
     process = train.join_processes(config)
     meta = load_meta(config.dataset) | {"vocab_size": vocab_size}
     tokens = Tokens(config.dataset, "train", meta, config.block_size)
-    state = train.initial_state(config, meta, process)
+    model = train.MODELS[config.model](config.model_config(vocab_size)).to(process.device)
+    state = train.new_state(model, meta, config, process)
     model = train.compiled_and_parallel(state.model, config, process)
 
     def take() -> None:
@@ -440,7 +441,7 @@ def gpu(bench: Bench) -> list[Row]:
     """
     if not torch.cuda.is_available():
         raise SystemExit("--only=gpu: there is no GPU, or this torch cannot use it")
-    peak = train.peak_flops(train.Process(0, 1, torch.device("cuda"), torch.bfloat16))
+    peak = peak_flops(torch.device("cuda"), torch.bfloat16)
     reference, gpt2 = replace(REFERENCE, dropout=0.2), GPTConfig(50257, 1024, 12, 12, 768)
     models = [("reference model", reference, 8), ("reference model", reference, 64), ("GPT-2 124M", gpt2, 20)]
     rows = []
@@ -454,7 +455,7 @@ def gpu(bench: Bench) -> list[Row]:
         settings = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "dtype": dtype, "compile": compiled}
         steps = our_step(n_steps=20, device="cuda", **asdict(shape), **settings)
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        flops = 20 * train.flops_per_token(GPT(shape), shape.block_size) * batch_size * shape.block_size
+        flops = 20 * GPT(shape).flops_per_token() * batch_size * shape.block_size
         work = f"20 steps, {name}, {batch_size} x {shape.block_size}, {dtype}{', compiled' * compiled}, {memory}"
         rows.append(bench.row(work, steps, limit=[flops / peak] if peak and dtype != "float32" else []))
     model = GPT(REFERENCE).to("cuda", torch.bfloat16)

@@ -125,9 +125,9 @@ def fake_gpu():
         "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda tensor: watch.tolist(tensor),
         "torch._subclasses.fake_tensor.FakeTensor.numpy": lambda tensor: np.zeros(tensor.shape, int),
         "torch._subclasses.fake_tensor.init_gpu_context": lambda device: None,
-        "sample.load_weights": torch.nn.Module.load_state_dict,  # which looks at no value
+        "model.load_weights": torch.nn.Module.load_state_dict,  # which looks at no value
         "train.State.save": lambda *_: None,
-        "train.Process.max_over_processes": lambda process, *numbers: list(numbers),
+        "train.Process.max_over_processes": lambda process, number: number,
     }
     with ExitStack() as stack:
         for name, value in replaced.items():
@@ -182,13 +182,14 @@ def training_step(recipe, rows):
                                       "--gradient_accumulation_steps=1", "--out_dir=none"])  # fmt: skip
     with fake_gpu() as watch, patch("train.show"):
         process = train.join_processes(config)
-        state = train.initial_state(config, {"vocab_size": 50257 if "gpt2" in recipe else 65}, process)
+        model = train.GPT(config.model_config(50257 if "gpt2" in recipe else 65)).to(process.device)
+        state = train.new_state(model, {}, config, process)
         ids = torch.zeros(rows, config.block_size, dtype=torch.long, device=process.device)
         with patch("train.batch", lambda *_: (ids, ids)):
             train.train_step(state.model, state, None, config, process)  # makes the optimizer's state
             with Work() as work:
                 train.train_step(state.model, state, None, config, process)
-    return config, train.flops_per_token(state.model, config.block_size), work.done, watch.peak
+    return config, state.model.flops_per_token(), work.done, watch.peak
 
 
 def plan():

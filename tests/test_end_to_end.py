@@ -18,6 +18,7 @@ import prepare
 import sample
 import train
 from config import ConfigError
+from model import open_model
 
 
 def test_own_text_prepare_train_sample(folder):
@@ -46,8 +47,7 @@ def test_gpt2_124m_downloads_fineweb_and_trains_without_a_tokenizer(hub, capsys,
     assert checkpoint("out/gpt2_124m/best.pt")["shards"] == 103
     # A resumed run reads the same shards.
     prepare.main(["--dataset=fineweb", "--shards=102"])
-    advice = "or take its shards again: python prepare.py --dataset=fineweb --shards=103"
-    with pytest.raises(ConfigError, match=rf"holds another model or text .*shards 103 -> 102\); .*{advice}$"):
+    with pytest.raises(ConfigError, match=r"holds another model or text .*shards 103 -> 102\)"):
         train.main(["config/gpt2_124m.py", *sizes])
     hub.asked.clear()
     prepare.main(["--dataset=fineweb", "--shards=103"])
@@ -67,7 +67,7 @@ def test_the_lines_of_the_readme_draw_the_curve(dataset):
 def test_the_lines_of_the_readme_draw_attention_and_show_surprise(dataset):
     text = "But soft, what light through yonder window breaks?"
     Path("mine.txt").write_text(f"{text}\n" * 300)
-    prepare.main(["--input=mine.txt"])
+    prepare.main(["--dataset=shakespeare_char", "--input=mine.txt"])
     train_here(out_dir="out/shakespeare_char_cpu", block_size=64, max_iters=200, learning_rate=1e-2)
     [lines] = re.findall(r"^```python\n(import matplotlib.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "agg"}
@@ -100,10 +100,7 @@ def test_a_checkpoint_from_windows_samples(dataset, capsys):
     torch.save(checkpoint() | {"config": content["config"]}, "out/ckpt.pt")
     capsys.readouterr()
     train_here(max_iters=2)
-    assert (
-        "resuming from out/ckpt.pt at step 1; changed since: out_dir 'C:\\\\out\\\\my run' -> 'out'"
-        in capsys.readouterr().out
-    )
+    assert "resuming from out/ckpt.pt at step 1; changed since: max_iters 1 -> 2\n" in capsys.readouterr().out
 
 
 def rungs():
@@ -116,7 +113,7 @@ def bigram_losses(dataset):
     counts = torch.zeros(65, 65, dtype=torch.float64)
     counts.index_put_((ids[:-1], ids[1:]), torch.ones(len(ids) - 1, dtype=torch.float64), accumulate=True)
     truth = -(counts / counts.sum(1, keepdim=True)).log()[ids[:-1], ids[1:]].mean().item()
-    return truth, sample.open_model("out/lecture/1_bigram/ckpt.pt")[0].train()(ids[None, :-1], ids[None, 1:])[1].item()
+    return truth, open_model("out/lecture/1_bigram/ckpt.pt")[0].train()(ids[None, :-1], ids[None, 1:])[1].item()
 
 
 def test_the_bigram_model_learns_the_counts(dataset):
@@ -141,7 +138,7 @@ LADDER = {
     reason="three minutes; LADDER=1, with the real text, runs it",
 )
 def test_the_ladder_goes_down_to_its_limits(folder, capsys):
-    assert command("prepare.py", f"--input={SHAKESPEARE}").returncode == 0
+    assert command("prepare.py", "--dataset=shakespeare_char", f"--input={SHAKESPEARE}").returncode == 0
     found = []
     for rung, limit in LADDER.items():
         train.main([f"config/lecture/{rung}.py"])
@@ -185,11 +182,12 @@ def test_the_cpu_recipe_on_tiny_shakespeare_downloaded_from_loopback(folder, mon
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/input.txt"
-    prepared = command("prepare.py", f"--url={url}")
+    prepared = command("prepare.py", "--dataset=shakespeare_char", f"--url={url}")
     server.shutdown()
     server.server_close()
     assert prepared.stdout == (
-        f"downloading {url}\ndata/shakespeare_char: 65 characters, 1,003,854 train tokens, 111,540 validation tokens\n"
+        f"downloading {url}\ndata/shakespeare_char, from {url}: 65 different characters, 1,003,854 train tokens, "
+        "111,540 validation tokens\n"
     )
     trained = command(
         "train.py", "config/shakespeare_char_cpu.py", "--max_iters=100", "--eval_interval=100", "--eval_iters=10"

@@ -227,27 +227,27 @@ def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
         content = checkpoint(trained)
         content["model_config"][name] = 2**40
         torch.save(content, trained.with_name("best.pt"))
-        with pytest.raises(UserError, match=r"out/best.pt is not a usable checkpoint"):
+        with pytest.raises(UserError, match=r"cannot open out/best.pt"):
             sample.main([])
 
 
 @pytest.mark.parametrize(
     ("at", "value"),
     [
-        (0, torch.zeros(0)),  # a fused kernel would read past its end
-        (0, torch.zeros(1)),
-        (1, torch.zeros(2, 2)),
-        (1, torch.zeros(())),
-        (-1, torch.zeros(2, 2)),
-        (-1, 1.0),
-        (-1, None),
+        ("steps", torch.zeros(0)),  # a fused kernel would read past its end
+        ("steps", torch.zeros(1)),
+        ("mean", torch.zeros(2, 2)),
+        ("mean", torch.zeros(())),
+        ("square", torch.zeros(2, 2)),
+        ("square", 1.0),
+        ("square", None),
     ],
 )
 def test_an_optimizer_state_of_other_shapes_is_refused(trained, at, value):
     content = checkpoint(trained)
-    content["optimizer"]["moments"][0][at] = value
+    content["optimizer"]["state"][f"transformer.wte.weight.{at}"] = value
     torch.save(content, trained)
-    with pytest.raises(UserError, match="its optimizer state does not fit its weights"):
+    with pytest.raises(UserError, match=r"^cannot open out/ckpt.pt \("):
         train_here(max_iters=21)
 
 
@@ -257,9 +257,6 @@ def test_an_optimizer_state_of_other_shapes_is_refused(trained, at, value):
         ("step", -1),
         ("step", 1.5),
         ("best_val_loss", float("nan")),
-        ("best_step", "x"),
-        ("best_step", 1.5),
-        ("best_tokens", torch.zeros(3)),
         ("config", {}),
         ("config", {"model": "gpt"}),
         ("tokenizer", []),
@@ -267,13 +264,13 @@ def test_an_optimizer_state_of_other_shapes_is_refused(trained, at, value):
 )
 def test_a_checkpoint_with_impossible_figures_is_refused(trained, name, value):
     torch.save(checkpoint(trained) | {name: value}, trained)
-    with pytest.raises(UserError, match=r"^out/ckpt.pt (is not a usable checkpoint|holds another model)"):
+    with pytest.raises(UserError, match=r"^out/ckpt.pt (holds another model|has no)|^cannot open out/ckpt.pt"):
         train_here(max_iters=21)
 
 
 def test_a_run_without_its_optimizer_state_is_refused(trained):
     content = checkpoint(trained)
-    content["optimizer"]["moments"] = []
+    content["optimizer"]["state"] = {}
     torch.save(content, trained)
-    with pytest.raises(UserError, match=r"out/ckpt.pt is not a usable checkpoint"):
+    with pytest.raises(UserError, match=r"^cannot open out/ckpt.pt .* its optimizer state does not fit its weights"):
         train_here(max_iters=21)

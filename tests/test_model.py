@@ -1,12 +1,14 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 from model import GPT, Bigram, GPTConfig, attention, dropout, sample_token
 
 SMALL = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -240,8 +242,8 @@ def test_dropout_acts_on_embeddings_attention_and_residual_branches(place, idx):
     model = lively(GPT(GPTConfig(**SMALL, dropout=0.5))).train()
     model.config.dropout = 0.5 if place == "embeddings" else 0.0  # leave it on at one place
     for block in model.transformer.h:
-        block.dropout = 0.5 if place == "residual" else 0.0
-        block.attn.dropout = 0.5 if place == "attention" else 0.0
+        block.config = replace(model.config, dropout=0.5 if place == "residual" else 0.0)
+        block.attn.config = replace(model.config, dropout=0.5 if place == "attention" else 0.0)
     assert not torch.allclose(model(idx)[0], model(idx)[0])
 
 
@@ -277,7 +279,7 @@ def test_attention_weights_are_those_that_the_model_computes_with(gpt, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("torch.nn.functional.scaled_dot_product_attention", attend)
         gpt(idx)
-    gpt.config.dropout = gpt.transformer.h[0].dropout = gpt.transformer.h[0].attn.dropout = 0.5
+    gpt.config.dropout = 0.5  # which its blocks read, too
     gpt.train()
     found = gpt.attention_weights(idx)
     assert gpt.training
@@ -543,3 +545,40 @@ def test_bigram_generates_past_block_size():
     with torch.no_grad():
         model.lm_head.weight.copy_(F.one_hot((torch.arange(11) + 1) % 11, 11).float() * 100)  # counts
     assert model.generate(torch.tensor([[4]]), 30)[0].tolist() == [(4 + i) % 11 for i in range(31)]
+
+
+class Rotary(model.CausalSelfAttention):
+    """Rotary embeddings in a few lines (Su et al., 2021): q and k turn with the position."""
+
+    def qkv_at(self, x, position):
+        q, k, v = self.qkv(x)
+        angles = position[:, None] / 100 ** torch.linspace(0, 1, q.size(-1) // 2)
+        cos, sin = angles.cos(), angles.sin()
+        turned = [torch.cat((a * cos - b * sin, a * sin + b * cos), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1))]
+        return *turned, v
+
+    def forward(self, x, position, cache=None):
+        q, k, v = self.qkv_at(x, position)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.size(1) > 1)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class WithoutCache(Rotary):
+    def forward(self, x, position, cache=None):
+        return super().forward(x, position)
+
+
+def test_another_attention_samples_as_the_plain_loop_does_or_says_what_it_lacks(monkeypatch):
+    """It has another name, and rotary embeddings: the position reaches it."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(model, "CausalSelfAttention", Rotary)
+    gpt = lively(GPT(GPTConfig(**SMALL))).eval()
+    idx = torch.randint(11, (2, 3))
+    assert torch.equal(gpt.generate(idx, 10, temperature=0), plain_loop(gpt, idx, 10))
+    monkeypatch.setattr(model, "CausalSelfAttention", WithoutCache)
+    with pytest.raises(ValueError, match=r"^WithoutCache must extend its cache by the tokens that it reads$"):
+        GPT(GPTConfig(**SMALL)).generate(idx, 2)
+    with pytest.raises(ValueError, match="zip"):
+        gpt.hidden(idx, caches=[])  # one for each block, not none

@@ -11,7 +11,7 @@ from conftest import REPOSITORY, checkpoint, command, train_here
 import prepare
 import sample
 from config import ConfigError, UserError
-from model import GPT
+from model import GPT, open_model
 from prepare import CharTokenizer
 
 
@@ -40,7 +40,7 @@ def test_a_sample_is_the_prompt_and_its_continuation(trained, capsys):
 
 def test_the_text_is_what_generate_says(trained, capsys):
     content = checkpoint("out/best.pt")
-    model, tokenizer = sample.open_model("out/best.pt")[0], CharTokenizer(content["tokenizer"]["chars"])
+    model, tokenizer = open_model("out/best.pt")[0], CharTokenizer(content["tokenizer"]["chars"])
     idx = torch.tensor([tokenizer.encode("the king").tolist()])
     chance = torch.Generator().manual_seed(7)
     expected = model.generate(idx.repeat(3, 1), 40, temperature=0.9, top_k=5, top_p=0.95, generator=chance)
@@ -112,18 +112,6 @@ def test_the_prompt_may_come_from_a_file_and_be_longer_than_the_context(trained,
     assert text == say(capsys, "--start=FILE:prompt.txt")
 
 
-def test_a_file_that_is_named_without_its_prefix_is_told(trained, capsys):
-    Path("and the").write_text("queen")
-    sample.main(["--start=and the", "--max_new_tokens=1"])
-    out, errors = capsys.readouterr()
-    assert out.startswith("and the")
-    assert errors.startswith("and the is a file; --start='FILE:and the' continues its text\n")
-    sample.main(["--start=FILE:and the", "--max_new_tokens=1"])
-    out, errors = capsys.readouterr()
-    assert out.startswith("queen")
-    assert "is a file" not in errors
-
-
 def test_a_line_break_may_be_typed_as_backslash_n(folder, capsys):
     Path("mine.txt").write_text("the king\n" * 500)
     prepare.main(["--dataset=mine", "--input=mine.txt"])
@@ -192,14 +180,14 @@ def test_samples_go_past_the_context(dataset, capsys, model):
         (["--save_pretrained="], "save_pretrained is empty: it must name a folder"),
         (
             ["--init_from=gtp2"],
-            "there is no checkpoint in gtp2, did you mean gpt2?",
+            "there is no checkpoint in gtp2; there is one in out",
         ),
-        (["--num_samples=0"], "num_samples must be at least 1, found 0"),
-        (["--top_k=0"], "top_k must be at least 1, found 0"),
-        (["--top_p=0"], "top_p must be above 0 and at most 1, found 0.0"),
-        (["--temperature=-1"], "temperature must be at least 0, found -1.0"),
+        (["--num_samples=0"], "--num_samples must be a whole number, at least 1, found '0'"),
+        (["--top_k=0"], "--top_k must be a whole number or None, at least 1, found '0'"),
+        (["--top_p=0"], "--top_p must be a number or None, above 0 and at most 1, found '0'"),
+        (["--temperature=-1"], "--temperature must be a number, at least 0, found '-1'"),
         (["--temperature=1e-39"], "temperature must be 0 or at least 0.001, found 1e-39"),
-        (["--seed=-1"], "seed must be at least 0 and below 9223372036854775808, found -1"),
+        (["--seed=-1"], "--seed must be a whole number, at least 0 and below 9.22337e+18, found '-1'"),
         (["--temprature=1"], "unknown key --temprature, did you mean --temperature?"),
     ],
 )
@@ -222,7 +210,7 @@ def test_mistakes(trained, arguments, message):
             "has no usable tokenizer (ValueError: chars must",
         ),
         ({"tokenizer": "char"}, "has no usable tokenizer (KeyError: 'chars'"),
-        (None, "is not a usable checkpoint (ValueError: format 1, step 20, best_val_loss "),
+        (None, "has no usable tokenizer (TypeError: "),
     ],
 )
 def test_a_checkpoint_with_a_wrong_tokenizer_is_refused(trained, tokenizer, problem):
