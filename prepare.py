@@ -1,6 +1,8 @@
 """Turn a text into tokens: data/<dataset>/{input.txt,train.bin,val.bin,meta.json}, and read them back.
 
-Works in pieces, so that memory does not grow with the text; knows nothing of models.
+Read `tokenize` for the way of a text, as in the lecture: `count_characters` is sorted(set(text)), `CharTokenizer` has
+stoi and itos, the first 90 % are for training. What it calls stands below it. All work in pieces, so that memory does
+not grow with the text; this file knows nothing of models.
 
     python prepare.py                                     Tiny Shakespeare
     python prepare.py --dataset=mine --input=mine.txt     any UTF-8 text
@@ -113,13 +115,14 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
 
     The text is split, not the tokens: all tokenizers hold back the same text, so their bits per byte are comparable.
     """
-    loaded = None if config.tokenizer in ("char", "bpe") else given_tokenizer(config.tokenizer)
+    made_for_the_text = config.tokenizer in ("char", "bpe")
+    tokenizer = None if made_for_the_text else given_tokenizer(config.tokenizer)  # before a download, which may be long
     text = find_text(config, folder / "input.txt")
     counts = count_characters(text)  # {character: how often}, in the order of the code points
     if config.tokenizer == "char":
         tokenizer = CharTokenizer("".join(counts))
-    else:
-        tokenizer = loaded or learned_bpe(text, config.vocab_size or 512)
+    elif config.tokenizer == "bpe":
+        tokenizer = learned_bpe(text, config.vocab_size or 512)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(f"{tokenizer.vocab_size:,} different tokens: uint16 can tell {MAX_VOCAB_SIZE:,} apart")
     unknown = unknown_characters(text, counts, tokenizer, config.drop_unknown)
@@ -132,10 +135,10 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
         for piece in text:
             piece = piece.translate(dropped) if unknown else piece
             border = max(0, n_train - done)  # between training and validation, in this piece
-            for split, file, part in (("train", train, piece[:border]), ("val", val, piece[border:])):
-                ids = tokenizer.encode(part)
+            for split, file, share in (("train", train, piece[:border]), ("val", val, piece[border:])):
+                ids = tokenizer.encode(share)
                 # Some tokenizers drop the very first space.
-                if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != part.lstrip(" "):
+                if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != share.lstrip(" "):
                     raise UserError(f"{text.path} cannot be written in these tokens: decoding them does not return it")
                 file.write(ids)
                 sizes[f"{split}_tokens"] += len(ids)
@@ -144,17 +147,18 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
             digest.update(piece.encode())
         if not all(sizes.values()):
             raise UserError(f"{text.path} is too short for --val_fraction={config.val_fraction}: a split has no token")
-        # In this order, for meta.json says what the tokens mean: the text takes its name, meta.json goes, the tokens
-        # take theirs, meta.json comes last. Killed in between, the same command or train.py begins with the new text.
+        # The files take their names in an order in which no meta.json ever stands beside tokens that it does not mean,
+        # and a kill in between leaves a folder without one: the same command, or train.py, makes it from input.txt.
         if config.input:
             with replacing(folder / "input.txt") as file:
                 file.writelines(piece.encode() for piece in text)
         (folder / "meta.json").unlink(missing_ok=True)
+    # train.bin and val.bin have their names now; `prepare` writes meta.json.
     return tokenizer.facts | sizes | {"source": text.source, "sha256": digest.hexdigest()}
 
 
 def count_characters(text: "Text") -> dict[str, int]:
-    """How often each character occurs; the keys are the lecture's sorted(set(text)). Raises UserError for no text."""
+    """How often each character occurs; the keys are the lecture's sorted(set(text)). Raises UserError for no UTF-8."""
     counts = np.zeros(sys.maxunicode + 1, np.int64)
     for piece in text:
         found = np.bincount(code_points(piece))
@@ -166,15 +170,16 @@ def count_characters(text: "Text") -> dict[str, int]:
 
 def unknown_characters(text: "Text", counts: dict[str, int], tokenizer: "Tokenizer", drop: bool) -> str:
     """The characters of the text that the tokenizer lacks. Raises UserError for any, unless they are to be dropped."""
-    unknown = counts.keys() - {*tokenizer.facts.get("chars", counts)}
-    often = sorted(unknown, key=lambda char: (-counts[char], char))
+    known = tokenizer.facts.get("chars", counts)  # one of larger tokens has some for every character
+    often = sorted(counts.keys() - {*known}, key=lambda char: (-counts[char], char))
+    if not often:
+        return ""
     lacking = f"{text.path} has characters that the vocabulary lacks: "
     lacking += ", ".join(f"{char!r} ({counts[char]:,})" for char in often[:8])
     lacking += f" and {len(often) - 8} more" if len(often) > 8 else ""
-    if unknown and not drop:
+    if not drop:
         raise UserError(f"{lacking}; --drop_unknown leaves them out")
-    if unknown:
-        show(f"{lacking}; left out")
+    show(f"{lacking}; left out")
     return "".join(often)
 
 
@@ -330,7 +335,7 @@ class CharTokenizer:
         self.vocab_size = len(chars)
         self.facts = {"tokenizer": "char", "vocab_size": self.vocab_size, "chars": chars}  # for meta.json
         self.itos = code_points(chars)
-        self.stoi = np.full(sys.maxunicode + 1, -1, np.int32)
+        self.stoi = np.full(sys.maxunicode + 1, -1, np.int32)  # the id of each code point, -1 for none
         self.stoi[self.itos] = np.arange(self.vocab_size)
 
     def encode(self, text: str) -> np.ndarray:

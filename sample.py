@@ -35,7 +35,7 @@ class SampleConfig:
 
     out_dir: str = key("out", "folder of the checkpoint: best.pt, or ckpt.pt where there is none")
     init_from: str | None = key(
-        None, "instead: gpt2 to gpt2-xl, a Hugging Face folder, a checkpoint", also="checkpoint"
+        None, "instead: gpt2 to gpt2-xl, a Hugging Face folder, a checkpoint", also="checkpoint model"
     )
     save_pretrained: str | None = key(None, "write the model to this folder in Hugging Face's format, and no text")
     start: str | None = key(None, r"text to continue (\n: newline), or FILE:path of it; None: a newline", also="prompt")

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.adamw import adamw
+from torch.optim.adamw import adamw as adamw_step
 
 # isort: off
 from config import (
@@ -169,25 +169,25 @@ def main(argv: list[str]) -> int | None:
 
 
 def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig, process: Process) -> int:
-    """Take steps up to max_iters; returns the number of the signal that stopped the run before, else 0.
+    """Take steps up to max_iters; returns the number of the signal that ended the run early, else 0.
 
-    A resumed run begins at the head of the loop, too: what a kill cut off after ckpt.pt is done again, alike.
+    A resumed run enters at the head of the loop, at ckpt.pt's step: an evaluation that a kill cut off is repeated.
     """
     model = compiled_and_parallel(state.model, config, process)
     with StopSignals() as signals:
         while True:
-            stop = process.max_over_processes(signals.received)
+            stop = process.max_over_processes(signals.received)  # one during an evaluation is seen a step later
             evaluating = evaluation_due(state.step, config)
-            if evaluating or stop:  # before the evaluation, in which a kill may come: then it costs no step
+            if evaluating or stop:  # saved first: a kill during the evaluation costs no step
                 state.save("ckpt.pt", config, process)
             if stop:
                 break
             if evaluating:
                 losses = evaluate(state, splits, config, process)
-                if state.step > 0 and losses["val_loss"] <= state.best_val_loss:
+                if state.step > 0 and losses["val_loss"] <= state.best_val_loss:  # equal where it is repeated
                     state.best_val_loss, state.best_step = losses["val_loss"], state.step
                     state.save("best.pt", config, process)
-                    state.save("ckpt.pt", config, process)  # for a run that is resumed with a higher max_iters
+                    state.save("ckpt.pt", config, process)  # with the new best: a higher max_iters repeats nothing
                 log.evaluation(losses)
             if state.step >= config.max_iters:
                 break
@@ -289,19 +289,19 @@ def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: Train
     at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens that fill the device, however short the blocks
     rows = max(config.micro_batch_size(process.world_size), at_once // length)
     starts = np.arange(0, n_tokens - length + 1, length)
-    blocks = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
+    batches = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
     if rest := n_tokens % length:
-        blocks.append((np.array([n_tokens - rest]), rest))
+        batches.append((np.array([n_tokens - rest]), rest))
     model.eval()
-    losses = [torch.zeros((), device=process.device)]  # a process may have no block
-    for i in range(process.rank, len(blocks), process.world_size):
-        progress.show(f"evaluating {tokens.path}: {i / len(blocks):.0%}")
-        x, y = inputs_and_targets(tokens, *blocks[i], process.device)
+    sums = [torch.zeros((), device=process.device)]  # of the losses in each batch; a process may have none
+    for i in range(process.rank, len(batches), process.world_size):
+        progress.show(f"evaluating {tokens.path}: {i / len(batches):.0%}")
+        x, y = inputs_and_targets(tokens, *batches[i], process.device)
         with process.autocast():
             _, loss = model(x, y, need_logits=False)
-        losses.append(loss * x.numel())
+        sums.append(loss * x.numel())
     model.train()
-    total = sum(torch.stack(losses).tolist())  # waits for the device
+    total = sum(torch.stack(sums).tolist())  # waits for the device
     return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
 
 
@@ -321,8 +321,9 @@ class State:
         an evaluation    ckpt.pt before it; after it, where the loss is the lowest, best.pt and ckpt.pt; then a row
         a stop           ckpt.pt
 
-    Each file is whole at any moment. A resumed run begins with ckpt.pt, drops the rows of what comes after it and does
-    that again, to the same bits: a kill costs the time since ckpt.pt was written, nothing else.
+    A file is whole at any moment, but for the last row of log.csv. A resumed run begins with ckpt.pt, drops the rows of
+    what comes after it and does that again, to the same bits: a kill costs the time since ckpt.pt was written, nothing
+    else.
     """
 
     model: LanguageModel
@@ -367,27 +368,24 @@ class State:
 
 @dataclass
 class Source:
-    """What a run starts from, if not from random weights: out_dir's checkpoint, or pretrained weights. Of the keys,
+    """What a run starts from, if not from random weights: out_dir's checkpoint, or pretrained weights.
 
-        those not given    follow the checkpoint, but for NOT_FOLLOWED; of pretrained weights they follow the shape
-        those given        count; but the shape, optimizer and init_from must be the checkpoint's,
-
-    and the tokenizer must be the dataset's; the checkpoint's text, too.
+    A key that was not given follows the checkpoint, unless it is one of NOT_FOLLOWED; pretrained weights say the shape
+    only. A key that was given counts, but shape, optimizer and init_from must be the checkpoint's. The dataset must
+    have the same tokenizer, and for a run that is resumed be the same text.
     """
 
     path: Path | str
     resuming: bool
     model: LanguageModel
-    checkpoint: dict  # what else there is beside the weights
+    checkpoint: dict  # what the file holds; nothing for Hugging Face's format but the size of the vocabulary
     changed: dict[str, str]  # keys that were given and differ: {"dropout": "dropout 0.1 -> 0.3"}
     followed: list[str]  # keys that were not, and differ from what they would be otherwise: ["n_layer 2"]
 
 
 def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
-    """The state that the run starts in, its data and processes. `config` follows the checkpoint first: it may tell the
-    dataset, too.
-    """
-    source = find_source(config)
+    """The state that the run starts in, its data and processes."""
+    source = find_source(config)  # in every process, and first: `config` follows it, in the dataset, too
     process = join_processes(config)
     config.check(process.world_size)
     if process.rank == 0:
@@ -449,24 +447,31 @@ def opened(path: Path | str, resuming: bool, config: TrainConfig) -> Source:
             saved = defaults | checkpoint["config"] | saved
             if config.init_from in STARTS:
                 config.init_from = saved["init_from"]
-        changed, followed = {}, []
-        for name in [field.name for field in fields(config) if field.name in saved]:
-            before, now = convert(TrainConfig, name, saved[name], f"{path}: {name}"), getattr(config, name)
-            if before != now and name in config.given:
-                changed[name] = f"{name} {short(before)} -> {short(now)}"
-            elif before != now and name not in NOT_FOLLOWED:
-                setattr(config, name, before)
-                followed.append(f"{name} {short(before)}")
+        changed, followed = follow(config, saved, path)
         model.config.dropout = config.dropout  # where all parts of the model read it
         facts = checkpoint_tokenizer(checkpoint, path) if checkpoint else {}
         checkpoint["tokenizer"] = facts | {"vocab_size": model.config.vocab_size}
     return Source(path, resuming, model, checkpoint, changed, followed)
 
 
+def follow(config: TrainConfig, saved: dict, path: Path | str) -> tuple[dict[str, str], list[str]]:
+    """Set the keys that were not given to what was saved, checked as if it were typed; return what `Source` holds."""
+    changed, followed = {}, []
+    for name in [field.name for field in fields(config) if field.name in saved]:
+        before = convert(TrainConfig, name, saved[name], f"{path}: {name}")
+        now = getattr(config, name)
+        if before != now and name in config.given:
+            changed[name] = f"{name} {short(before)} -> {short(now)}"
+        elif before != now and name not in NOT_FOLLOWED:
+            setattr(config, name, before)
+            followed.append(f"{name} {short(before)}")
+    return changed, followed
+
+
 def refuse_another(source: Source, meta: dict) -> None:
     """Raises ConfigError where shape, optimizer, tokenizer or text are not those of the source."""
     different = [text for name, text in source.changed.items() if name in (*SHAPE, "optimizer", "init_from")]
-    theirs = source.checkpoint["tokenizer"] | (source.checkpoint if source.resuming else {})
+    theirs = source.checkpoint["tokenizer"] | (source.checkpoint if source.resuming else {})  # the text, too
     for name in (*TOKENIZER_FACTS[1:], *TEXT_FACTS):  # not by the tokenizer's name, but by its tokens
         if name in theirs and name in meta and theirs[name] != meta[name]:
             different.append(f"{name} {short(theirs[name])} -> {short(meta[name])}")
@@ -483,9 +488,10 @@ def refuse_another(source: Source, meta: dict) -> None:
 
 def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Process) -> State:
     model.to(process.device)
+    optimizer = Optimizer(model, config, process.dtype)  # torch.optim.AdamW(model.parameters()) would do here, too
     # Small float16 gradients would vanish without a scale; the other dtypes need none.
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    return State(model, Optimizer(model, config, process.dtype), scaler, meta)
+    return State(model, optimizer, scaler, meta)
 
 
 def resume(state: State, source: Source, config: TrainConfig) -> None:
@@ -502,7 +508,7 @@ def resume(state: State, source: Source, config: TrainConfig) -> None:
     changed = f"; changed since: {', '.join(source.changed.values())}" if source.changed else ""
     followed = f"; as in the checkpoint: {', '.join(source.followed)}" if source.followed else ""
     show(f"resuming from {source.path} at step {state.step}{changed}{followed}")
-    # batch_size counts only where eval_iters counts batches.
+    # With eval_iters=0, batch_size does not change what is evaluated.
     other_tokens = source.changed.keys() & ({"eval_iters", "batch_size"} if config.eval_iters else {"eval_iters"})
     if state.best_step and (other_tokens or not config.path("best.pt").exists()):
         state.best_val_loss, state.best_step = math.inf, None
@@ -557,7 +563,7 @@ class Optimizer:
             decay = config.weight_decay if params[0].dim() == 2 else 0.0
             group = {"params": params, "lr": 0.0, "weight_decay": decay, "update": getattr(self, rule)}
             self.param_groups.append(group | moments)
-            for i, name in enumerate(named):  # the same memory, by name
+            for i, name in enumerate(named):  # views, by name: to load into them is to load the groups
                 self.state |= {f"{name}.{moment}": values[i] for moment, values in moments.items()}
 
     @torch.no_grad()
@@ -569,7 +575,7 @@ class Optimizer:
         gradients = [p.grad for p in group["params"]]
         tensors = (group["params"], gradients, group["mean"], group["square"], [], [*group["steps"].unbind()])
         rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": 1e-8}
-        adamw(*tensors, **self.betas, **rates, fused=True, amsgrad=False, maximize=False)
+        adamw_step(*tensors, **self.betas, **rates, fused=True, amsgrad=False, maximize=False)
 
     def muon(self, group: dict) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -712,7 +718,7 @@ def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Cal
 class Log:
     """The metrics of a run go to the console, to out_dir/log.csv and to TensorBoard.
 
-    A report has a row, and an evaluation. A metric that is new in a row is a column, at the end.
+    Each report and each evaluation is a row. A metric that is new in a row becomes a column, the last one.
     """
 
     COLUMNS = ("step", "seconds", "loss", "train_loss", "val_loss", "bits_per_byte",
@@ -733,9 +739,8 @@ class Log:
             self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=state.step + 1 if state.step else 0)
 
     def kept_rows(self) -> list[dict[str, object]]:
-        """The rows of log.csv up to the step that is resumed, but its evaluation where it is due again.
-
-        Damaged rows are dropped.
+        """The rows of log.csv up to the step that is resumed, without its evaluation, if that will be repeated, and
+        without damaged ones.
         """
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         due, rows = evaluation_due(self.state.step, self.config), []

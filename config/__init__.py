@@ -55,7 +55,7 @@ class ConfigError(UserError):
     status = 2
 
 
-# Settings: defaults, then recipes, then --key=value; the last one wins
+# Settings: a recipe overrides the defaults and recipes before it; a --key=value overrides all, wherever it stands
 
 
 def key(default: Any, meaning: str, group: str | None = None, also: str = "", **limits: float) -> Any:
@@ -76,15 +76,15 @@ def read(schema: type, argv: list[str]) -> Any:
     if {"-h", "--help"} & {*argv}:
         put(help_text(schema), sys.stdout)
         sys.exit(0)
-    words, recipes, typed_values = [*argv], {}, {}
+    words, recipe_values, typed_values = [*argv], {}, {}
     while words:
         word = words.pop(0)
         name, equals, value = word.lstrip("-").partition("=")
         if not word.startswith("-"):
-            recipes |= recipe(schema, word)
+            recipe_values |= recipe(schema, word)
             continue
         if not word.startswith("--") or name not in get_type_hints(schema):
-            hint = ours(schema, name, "--") or "; --help lists them all"
+            hint = instead_of(schema, name, "--") or "; --help lists them all"
             raise ConfigError(f"unknown key {word.partition('=')[0]}{hint}")
         if not equals:  # --key value, or --switch alone
             alone = not words or words[0].startswith("--")
@@ -95,7 +95,7 @@ def read(schema: type, argv: list[str]) -> Any:
             else:
                 value = words.pop(0)
         typed_values[name] = convert(schema, name, value, f"--{name}")
-    values = recipes | typed_values
+    values = recipe_values | typed_values
     with as_config_error():
         config = schema(**values)
     config.given = frozenset(values)
@@ -118,10 +118,11 @@ def recipe(schema: type, path: str, followers: tuple[Path, ...] = ()) -> dict[st
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{file}: {type(error).__name__}: {error}") from None
     keys = get_type_hints(schema).keys()
+    # Its imports, functions and classes are not meant as keys.
     own = {symbol.get_name() for symbol in symbols if symbol.is_imported() or symbol.is_namespace()}
     if unknown := [name for name in names.keys() - keys - own if not name.startswith("_")]:
         name = min(unknown)
-        raise ConfigError(f"{file}: unknown key {name}{ours(schema, name) or '; names of your own begin with _'}")
+        raise ConfigError(f"{file}: unknown key {name}{instead_of(schema, name) or '; names of your own begin with _'}")
     values = {name: convert(schema, name, names[name], f"{file}: {name}") for name in names.keys() & keys}
     if "_after" in names:
         before = file.parent / Path(str(names["_after"])).name
@@ -155,8 +156,9 @@ def options(schema: type, name: str) -> list:
 def description(schema: type, name: str) -> str:
     """What a key must be: "a whole number or None, at least 1"."""
     kinds = " or ".join(TYPE_NAMES.get(option, option) for option in options(schema, name))
-    limits = schema.__dataclass_fields__[name].metadata["limits"].items()
-    return ", ".join(filter(None, (kinds, " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in limits))))
+    limits = schema.__dataclass_fields__[name].metadata["limits"]
+    bounds = " and ".join(f"{LIMITS[limit][0]} {bound:g}" for limit, bound in limits.items())
+    return f"{kinds}, {bounds}" if bounds else kinds
 
 
 def help_text(schema: type) -> str:
@@ -166,7 +168,7 @@ def help_text(schema: type) -> str:
     lines += [
         "",
         schema.__doc__,
-        "The defaults, which a recipe (a Python file that assigns keys) or --key=value overrides:",
+        "The defaults, which a recipe, a Python file that assigns keys, or --key=value overrides:",
     ]
     for field in dataclasses.fields(schema):
         if field.metadata["group"]:
@@ -192,10 +194,10 @@ def no_recipe(schema: type, word: str) -> ConfigError:
     return ConfigError(f"{word} is neither --key=value nor a recipe (NAME.py){hint}")
 
 
-def ours(schema: type, name: str, prefix: str = "") -> str:
+def instead_of(schema: type, name: str, prefix: str = "") -> str:
     """What to type instead of a key that does not exist; nothing where that is unknown."""
-    also = {also: field.name for field in dataclasses.fields(schema) for also in field.metadata["also"]}
-    return f": it is {prefix}{also[name]}" if name in also else did_you_mean(name, get_type_hints(schema), prefix)
+    ours = {theirs: field.name for field in dataclasses.fields(schema) for theirs in field.metadata["also"]}
+    return f": it is {prefix}{ours[name]}" if name in ours else did_you_mean(name, get_type_hints(schema), prefix)
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -240,9 +242,13 @@ def as_config_error() -> Iterator[None]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a program; `main` returns its exit status, None for 0.
+    """Run a program. It ends with the exit status that `main` returns, 0 for None, or in one line on stderr and
 
-    A user's mistake and Ctrl-C end in one line on stderr; only a bug shows its traceback.
+        2    a mistake in the command, a recipe or a value: ConfigError
+        1    whatever else a user can do something about: UserError, OSError, a missing package, too little memory
+        130  Ctrl-C; 141, without a line: nobody reads the output any more
+
+    Only a bug shows its traceback.
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -268,12 +274,13 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             raise
         problem = meanings[0]
     if problem:
-        if rank > 0:
-            time.sleep(5)  # most mistakes all processes meet, and torchrun ends the others when process 0 has exited
+        if rank > 0:  # most mistakes all processes meet, and torchrun ends the others when process 0 has exited
+            with suppress(KeyboardInterrupt):
+                time.sleep(5)
         who = f", process {rank}" if world_size > 1 else ""
         say(f"{Path(sys.argv[0]).name}{who}: {' '.join(problem.split())}")
     for stream in (sys.stdout, sys.stderr):
-        put("", stream)
+        put("", stream)  # flushes; or Python, at its end, complains of a closed pipe
     if world_size > 1:
         os._exit(status)  # at an ordinary end gloo, cut off from the others, may abort: 1 in 13 did
     sys.exit(status)
