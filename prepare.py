@@ -134,26 +134,28 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         for piece in text:
             piece = piece.translate(dropped) if unknown else piece
-            border = max(0, n_train - done)  # between training and validation, in this piece
+            border = max(0, n_train - done)  # of training and validation in this piece; beyond its end: all training
             for split, file, share in (("train", train, piece[:border]), ("val", val, piece[border:])):
                 ids = tokenizer.encode(share)
                 # Some tokenizers drop the very first space.
                 if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != share.lstrip(" "):
                     raise UserError(f"{text.path} cannot be written in these tokens: decoding them does not return it")
-                file.write(ids)
+                file.write(ids)  # an array's bytes, uint16
                 sizes[f"{split}_tokens"] += len(ids)
             done += len(piece)
             sizes["val_bytes"] += len(piece[border:].encode())
-            digest.update(piece.encode())
+            digest.update(piece.encode())  # without what was dropped
         if not all(sizes.values()):
             raise UserError(f"{text.path} is too short for --val_fraction={config.val_fraction}: a split has no token")
-        # The files take their names in an order in which no meta.json ever stands beside tokens that it does not mean,
-        # and a kill in between leaves a folder without one: the same command, or train.py, makes it from input.txt.
+        for file in (train, val):
+            flush_to_disk(file)  # a full disk shows here, before anything is replaced
+        # Now input.txt takes its name, meta.json goes, val.bin and train.bin take theirs as the block ends, and
+        # `prepare` writes the new meta.json: never does one stand beside tokens that it does not mean. Killed in
+        # between, the folder has none, so it is not complete: the same command makes it again.
         if config.input:
             with replacing(folder / "input.txt") as file:
                 file.writelines(piece.encode() for piece in text)
         (folder / "meta.json").unlink(missing_ok=True)
-    # train.bin and val.bin have their names now; `prepare` writes meta.json.
     return tokenizer.facts | sizes | {"source": text.source, "sha256": digest.hexdigest()}
 
 

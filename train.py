@@ -187,7 +187,8 @@ def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig
                 if state.step > 0 and losses["val_loss"] <= state.best_val_loss:  # equal where it is repeated
                     state.best_val_loss, state.best_step = losses["val_loss"], state.step
                     state.save("best.pt", config, process)
-                    state.save("ckpt.pt", config, process)  # with the new best: a higher max_iters repeats nothing
+                    # Or a run that is resumed with a higher max_iters, which repeats nothing, would not know of it.
+                    state.save("ckpt.pt", config, process)
                 log.evaluation(losses)
             if state.step >= config.max_iters:
                 break
@@ -271,7 +272,7 @@ def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, proce
     Bits per byte where it is all of it, and its size is known.
     """
     whole = len(splits["val"]) - 1  # tokens to predict
-    n_tokens = min(config.eval_iters * config.batch_size * config.block_size or whole, whole)
+    n_tokens = min((config.eval_iters * config.batch_size * config.block_size) or whole, whole)
     train_loss, val_loss = (mean_loss(state.model, split, n_tokens, config, process) for split in splits.values())
     losses = {"train_loss": train_loss, "val_loss": val_loss}
     if splits["val"].n_bytes and n_tokens == whole:
@@ -395,11 +396,9 @@ def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
     splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
     if source:
         refuse_another(source, meta)
-        state = new_state(source.model, meta, config, process)
-    else:
-        torch.manual_seed(config.seed)
-        model = MODELS[config.model](config.model_config(meta["vocab_size"]))
-        state = new_state(model, meta, config, process)
+    torch.manual_seed(config.seed)
+    model = source.model if source else MODELS[config.model](config.model_config(meta["vocab_size"]))
+    state = new_state(model, meta, config, process)
     if source and source.resuming:
         resume(state, source, config)
     elif source:
@@ -442,14 +441,14 @@ def opened(path: Path | str, resuming: bool, config: TrainConfig) -> Source:
             model.crop(min(config.block_size, model.config.block_size))
         shape = asdict(model.config) | {"model": type(model).__name__.lower()}
         saved = {name: shape[name] for name in SHAPE}
-        if resuming:  # a key that is newer than the checkpoint had its default
-            defaults = {field.name: field.default for field in fields(config)}
-            saved = defaults | checkpoint["config"] | saved
-            if config.init_from in STARTS:
+        if resuming:
+            # A key that is newer than the checkpoint had its default then.
+            saved = asdict(TrainConfig()) | checkpoint["config"] | saved
+            if config.init_from in STARTS:  # which name no weights: the run still began with those that it began with
                 config.init_from = saved["init_from"]
         changed, followed = follow(config, saved, path)
         model.config.dropout = config.dropout  # where all parts of the model read it
-        facts = checkpoint_tokenizer(checkpoint, path) if checkpoint else {}
+        facts = checkpoint_tokenizer(checkpoint, path) if checkpoint else {}  # Hugging Face's format tells none
         checkpoint["tokenizer"] = facts | {"vocab_size": model.config.vocab_size}
     return Source(path, resuming, model, checkpoint, changed, followed)
 
@@ -471,10 +470,12 @@ def follow(config: TrainConfig, saved: dict, path: Path | str) -> tuple[dict[str
 def refuse_another(source: Source, meta: dict) -> None:
     """Raises ConfigError where shape, optimizer, tokenizer or text are not those of the source."""
     different = [text for name, text in source.changed.items() if name in (*SHAPE, "optimizer", "init_from")]
-    theirs = source.checkpoint["tokenizer"] | (source.checkpoint if source.resuming else {})  # the text, too
-    for name in (*TOKENIZER_FACTS[1:], *TEXT_FACTS):  # not by the tokenizer's name, but by its tokens
-        if name in theirs and name in meta and theirs[name] != meta[name]:
-            different.append(f"{name} {short(theirs[name])} -> {short(meta[name])}")
+    facts = dict(source.checkpoint["tokenizer"])
+    if source.resuming:
+        facts |= {name: source.checkpoint[name] for name in TEXT_FACTS if name in source.checkpoint}
+    for name, fact in facts.items():
+        if fact != meta.get(name, fact) and name != "tokenizer":  # whatever it is called, its tokens count
+            different.append(f"{name} {short(fact)} -> {short(meta[name])}")
     if not different:
         return
     if source.resuming:
@@ -696,19 +697,14 @@ def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Cal
     For one micro-batch a step: the gradients are where the next replay writes.
     """
 
-    class Loss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.model(x, y, need_logits=False)[1]
-
+    module = nn.Module()  # whose parameters are the model's, and whose output is the loss alone
+    module.model = model
+    module.forward = lambda x, y: model(x, y, need_logits=False)[1]
     x = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=process.device)
     # torch warns of a wait between streams, which autograd itself arranges.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     with process.autocast():
-        loss = torch.cuda.make_graphed_callables(Loss(), (x, x.clone()))
+        loss = torch.cuda.make_graphed_callables(module, (x, x.clone()))
     return lambda x, y, need_logits: (None, loss(x, y))
 
 
@@ -735,8 +731,8 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # The report of the step that is resumed stays; what comes after it is written again.
-            self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=state.step + 1 if state.step else 0)
+            written_again = state.step + 1 if state.step else 0  # from this step on
+            self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=written_again)
 
     def kept_rows(self) -> list[dict[str, object]]:
         """The rows of log.csv up to the step that is resumed, without its evaluation, if that will be repeated, and

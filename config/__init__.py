@@ -88,7 +88,7 @@ def read(schema: type, argv: list[str]) -> Any:
             raise ConfigError(f"unknown key {word.partition('=')[0]}{hint}")
         if not equals:  # --key value, or --switch alone
             alone = not words or words[0].startswith("--")
-            if bool in options(schema, name) and (alone or words[0].endswith(".py")):
+            if bool in options(schema, name) and (alone or words[0].endswith(".py")):  # --switch config/NAME.py
                 value = "True"
             elif alone:
                 raise ConfigError(f"--{name} needs a value, {description(schema, name)}")
@@ -102,15 +102,15 @@ def read(schema: type, argv: list[str]) -> Any:
     return config
 
 
-def recipe(schema: type, path: str, followers: tuple[Path, ...] = ()) -> dict[str, Any]:
+def recipe(schema: type, path: str, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Run the recipe and return the keys that it assigns; _names, imports and functions are its own business.
 
-    `_after = "NAME.py"` names the recipe beside it that it starts from; `followers` have started from this one.
+    `_after = "NAME.py"` names the recipe beside it that it starts from; those `seen` have started from this one.
     """
     file = Path(path) if Path(path).is_file() else BESIDE / path
     if file.suffix != ".py" or not file.is_file():
         raise no_recipe(schema, path)
-    if file in followers:
+    if file in seen:
         raise ConfigError(f"{file}: _after leads back to it")
     try:
         names = runpy.run_path(str(file))
@@ -126,7 +126,7 @@ def recipe(schema: type, path: str, followers: tuple[Path, ...] = ()) -> dict[st
     values = {name: convert(schema, name, names[name], f"{file}: {name}") for name in names.keys() & keys}
     if "_after" in names:
         before = file.parent / Path(str(names["_after"])).name
-        return recipe(schema, str(before), (*followers, file)) | values
+        return recipe(schema, str(before), (*seen, file)) | values
     return values
 
 
@@ -378,7 +378,10 @@ def rewritable(stream: TextIO) -> bool:
 
 
 def put(text: str, stream: TextIO) -> None:
-    """Print it at once, or nothing from now on where the terminal is gone or the disk full."""
+    """Print it at once, or nothing from now on where the terminal is gone or the disk full: training goes on.
+
+    sample.py prints its text by `print`, so that `run` learns of a closed pipe.
+    """
     try:
         print(text, end="", file=stream, flush=True)
     except OSError:
