@@ -165,11 +165,8 @@ def help_text(schema: type) -> str:
     """The examples of the program's docstring, then each key with its default, its meaning and what it must be."""
     lines = [f"usage: {Path(sys.argv[0]).name} [config/NAME.py ...] [--key=value ...]", ""]
     lines += re.findall("^    .*", sys.modules[schema.__module__].__doc__ or "", re.MULTILINE)
-    lines += [
-        "",
-        schema.__doc__,
-        "The defaults, which a recipe, a Python file that assigns keys, or --key=value overrides:",
-    ]
+    lines += ["", schema.__doc__]
+    lines += ["The defaults, which recipes (Python files that assign keys) and --key=value override:"]
     for field in dataclasses.fields(schema):
         if field.metadata["group"]:
             lines += ["", f"{field.metadata['group']}:"]
