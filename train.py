@@ -767,9 +767,11 @@ class Log:
         """
         state, config = self.state, self.config
         loss, grad_norm = (self.process.all_reduce(figures) / self.process.world_size).tolist()
-        scale = state.scaler.get_scale()  # float16: a step whose gradients overflow is skipped, and the scale halved
-        if not math.isfinite(loss) or scale < 1 or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
-            scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
+        # In float16 the scaler skips a step whose gradients overflow, and halves the scale: not for ever.
+        scale, in_float16 = state.scaler.get_scale(), state.scaler.is_enabled()
+        overflows = scale < 1 if in_float16 else not math.isfinite(grad_norm)
+        if overflows or not math.isfinite(loss):
+            scaled = f" with the loss scaled by {scale}" if in_float16 else ""
             raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", state.step, config)
         seconds = (time.perf_counter() - self.since) / (state.step - self.since_step)  # of a step
         lr, speed = learning_rate(state.step - 1, config), config.batch_size * config.block_size / seconds
@@ -797,21 +799,11 @@ class Log:
         show(f"step {self.state.step}: {train_loss}, {val_loss}{bits}")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Process 0 adds a row; the first one replaces the file, without the rows of steps that are taken again."""
+        """Process 0 writes the metrics of this step to log.csv and TensorBoard."""
         if self.process.rank > 0:
             return
         row = {"step": self.state.step, "seconds": round(self.seconds(), 3)}
-        row |= {name: f"{value:.7g}" for name, value in metrics.items()}
-        new = [name for name in row if name not in self.columns]
-        self.rows.append(row)
-        self.columns += new
-        if new or not self.begun:
-            header = {name: name for name in self.columns}
-            with replacing(self.path) as file:
-                file.write("".join(map(self.line, (header, *self.rows))).encode())
-        else:
-            with open(self.path, "a") as file:
-                file.write(self.line(row))
+        self.write_row(row | {name: f"{value:.7g}" for name, value in metrics.items()})
         if self.config.tensorboard:
             if not self.begun:
                 self.writer = self.open_writer()
@@ -819,6 +811,21 @@ class Log:
                 self.writer.add_scalar(name, value, self.state.step)
             self.writer.flush()
         self.begun = True
+
+    def write_row(self, row: dict[str, object]) -> None:
+        """Append the row to log.csv. The first one of a start, and one with a new metric, write the file anew: without
+        the rows of steps that are taken again, or with another column.
+        """
+        self.rows.append(row)
+        new = [name for name in row if name not in self.columns]
+        if self.begun and not new:
+            with open(self.path, "a") as file:
+                file.write(self.line(row))
+            return
+        self.columns += new
+        header = {name: name for name in self.columns}
+        with replacing(self.path) as file:
+            file.write("".join(map(self.line, (header, *self.rows))).encode())
 
     def line(self, row: dict[str, object]) -> str:
         return ",".join(str(row.get(name, "")) for name in self.columns) + "\n"
