@@ -740,6 +740,16 @@ def test_where_what_is_evaluated_has_changed_the_best_starts_over(dataset, capsy
     assert ("starts over" in capsys.readouterr().out) == (changes == {"batch_size": 4})
 
 
+def test_where_the_whole_split_is_evaluated_the_best_outlives_another_batch_size(dataset, capsys):
+    wild = {"learning_rate": 1.0, "min_lr": 0, "weight_decay": 0, "warmup_iters": 20, "eval_iters": 0}  # best at 10
+    train_here(**wild)
+    before = Path("out/best.pt").read_bytes()
+    train_here(**wild, batch_size=4, max_iters=21)
+    assert "starts over" not in capsys.readouterr().out
+    assert checkpoint()["best_step"] == checkpoint("out/best.pt")["step"] == 10
+    assert Path("out/best.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("eval_iters", [0, 2])
 def test_a_best_model_that_is_gone_is_no_bar_to_the_next(dataset, eval_iters):
     train_here(eval_iters=2)
@@ -791,6 +801,31 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
     assert seconds == sorted(seconds)
 
 
+def test_a_run_that_has_moved_takes_neither_folder_nor_machine_from_its_checkpoint(dataset, capsys, monkeypatch):
+    train_here(max_iters=1, out_dir="old", compile=False, tensorboard=True)
+    Path("old").rename("out")
+    monkeypatch.delitem(TINY, "device")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    capsys.readouterr()
+    train_here(max_iters=2)
+    assert "at step 1; changed since: max_iters 1 -> 2\n" in capsys.readouterr().out
+    own = {"out_dir": "out", "device": "auto", "compile": "auto", "tensorboard": False}
+    assert own.items() <= checkpoint()["config"].items()
+    assert checkpoint()["step"] == 2
+    assert not Path("old").exists()
+
+
+def test_keys_are_compared_when_those_that_are_not_given_have_followed_the_checkpoint(dataset, monkeypatch):
+    """A min_lr that is above the default learning_rate, but not above the run's."""
+    train_here(max_iters=1, learning_rate=0.1)
+    monkeypatch.delitem(TINY, "learning_rate")
+    train_here(max_iters=2, min_lr=0.05)
+    assert checkpoint()["step"] == 2
+    with pytest.raises(ConfigError, match=r"^min_lr \(0.2\) must not be above learning_rate \(0.1\)$"):
+        train_here(max_iters=3, min_lr=0.2)
+    assert checkpoint()["step"] == 2
+
+
 def test_a_finished_run_says_so_and_a_higher_max_iters_goes_on(dataset, capsys):
     train_here()
     capsys.readouterr()
@@ -803,12 +838,16 @@ def test_a_finished_run_says_so_and_a_higher_max_iters_goes_on(dataset, capsys):
     assert checkpoint()["step"] == 30
 
 
-def test_a_run_that_is_past_max_iters_takes_no_step(dataset, monkeypatch):
+def test_a_run_that_is_past_max_iters_takes_no_step(dataset, capsys, monkeypatch):
     train_here()
     monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step is taken"))
-    with contextlib.suppress(UserError):  # it may be refused
+    before = {path.name: path.read_bytes() for path in Path("out").glob("*.*")}
+    with pytest.raises(ConfigError, match=r"^out/ckpt.pt is at step 20, past --max_iters=10: raise it, or take"):
         train_here(max_iters=10)
-    assert checkpoint()["step"] == 20
+    assert {path.name: path.read_bytes() for path in Path("out").glob("*.*")} == before
+    capsys.readouterr()
+    train_here(max_iters=10, eval_only=True)  # which takes none anyway
+    assert losses(capsys.readouterr().out).keys() == {20}
 
 
 def test_a_key_that_is_newer_than_the_checkpoint_is_no_change(dataset, capsys):
@@ -996,6 +1035,18 @@ def test_an_infinite_gradient_stops_the_run_too(folder):
     state.scaler = torch.amp.GradScaler("cpu", enabled=True)  # float16: the scaler has skipped that step
     log.report(torch.tensor([1.0, math.inf]))
     assert reports()[-1]["grad_norm"] == "inf"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run_whatever_the_gradient_and_the_scaler(folder, scaled):
+    """A scaler would go on for as many steps as the scale can be halved, none of which changes a weight."""
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    log = train.Log(config(), train.State(GPT(config().model_config(5)), None, scaler, {}, step=5), ALONE)
+    log.since_step = 4
+    for figures in ([math.inf, 1.0], [math.nan, math.inf]):
+        with pytest.raises(UserError, match=f"^loss is {figures[0]}, gradient norm {figures[1]} at step 5, "):
+            log.report(torch.tensor(figures))
+    assert not Path("out").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(dataset, monkeypatch):
