@@ -193,6 +193,14 @@ def prepared_blocks(split):
     return prepared_ids(split)[: 4 * 8 * 16 + 1].unfold(0, 17, 16)
 
 
+def test_fine_tuning_has_the_dropout_that_is_asked_for(gpt2_folder):
+    """Weights bring none."""
+    for dropout in (0.0, 0.5):
+        train_here(init_from="gpt2", dropout=dropout, max_iters=1, out_dir=f"{dropout}")
+        assert checkpoint(f"{dropout}/ckpt.pt")["model_config"]["dropout"] == dropout
+    assert not same(checkpoint("0.0/ckpt.pt")["model"], checkpoint("0.5/ckpt.pt")["model"])
+
+
 def test_a_fine_tuned_run_goes_on_without_what_it_began_with(gpt2_folder):
     train_here(init_from="gpt2/", max_iters=5)
     shutil.rmtree("gpt2")
@@ -503,6 +511,17 @@ def test_an_export_that_is_interrupted_leaves_no_model_beside_the_tokenizer_of_a
     with pytest.raises(KeyboardInterrupt):
         sample.main(["--save_pretrained=hf"])
     assert not Path("hf/config.json").exists()  # without which nothing opens the folder
+
+
+def test_a_model_that_is_saved_over_another_is_not_taken_for_whole_before_it_is(folder, monkeypatch):
+    """GPT.save_pretrained by itself, as who copies model.py calls it."""
+    ours = GPT(GPTConfig(65, 24, 3, 4, 32))
+    ours.save_pretrained("hf")
+    assert Path("hf/config.json").exists()
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.save_pretrained("hf")
+    assert not Path("hf/config.json").exists()
 
 
 def test_an_export_names_its_dropout_for_who_fine_tunes_it(folder):
