@@ -771,7 +771,7 @@ class Log:
         scale, in_float16 = state.scaler.get_scale(), state.scaler.is_enabled()
         overflows = scale < 1 if in_float16 else not math.isfinite(grad_norm)
         if overflows or not math.isfinite(loss):
-            scaled = f" with the loss scaled by {scale}" if in_float16 else ""
+            scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
             raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", state.step, config)
         seconds = (time.perf_counter() - self.since) / (state.step - self.since_step)  # of a step
         lr, speed = learning_rate(state.step - 1, config), config.batch_size * config.block_size / seconds
