@@ -186,9 +186,14 @@ def unknown_characters(text: "Text", counts: dict[str, int], tokenizer: "Tokeniz
 
 
 def prepared(dataset: str) -> dict:
-    """meta.json of the dataset, which is prepared first where it is missing."""
-    if not (dataset_folder(dataset) / "meta.json").exists():
+    """meta.json of the dataset, which is prepared first where it is missing. A text that was edited since is told."""
+    meta, text = dataset_folder(dataset) / "meta.json", dataset_folder(dataset) / "input.txt"
+    if not meta.exists():
         prepare(PrepareConfig(dataset=dataset), overwrite=False)
+    elif text.exists() and text.stat().st_mtime > meta.stat().st_mtime + 60:
+        # Not at once, for the files of a copied folder may get their times in any order.
+        again = f"python prepare.py {typed('dataset', dataset)} {typed('tokenizer', meta)}"
+        show(f"{text} is newer than its tokens, which do not follow it: {again} prepares it again")
     return load_meta(dataset)
 
 
@@ -552,6 +557,12 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def fingerprint(self) -> tuple[int, str]:
+        """How many tokens, and a hash of the first and the last million."""
+        digest = hashlib.sha256(self.ids[:1_000_000])
+        digest.update(self.ids[-1_000_000:])
+        return len(self), digest.hexdigest()
 
     def blocks(self, starts: np.ndarray, length: int) -> np.ndarray:
         """`length` tokens from each of `starts` (B,), and the one after them: ids (B, length + 1), int64.

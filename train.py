@@ -21,7 +21,6 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
@@ -46,10 +45,10 @@ from prepare import (
 )  # fmt: skip
 # isort: on
 
-# FLOPs of a whole run from which torch.compile pays back. On an H100 it takes 18.5 s at first, and saves 2.5 of the
-# 8.2 ms in which the GPU computes a step of 1.2e12 FLOPs (64 x 256 tokens of the reference model; torch 2.11).
+# Runs of more FLOPs than this are compiled. On an H100, compiling takes 18.5 s and then saves 2.5 of the 8.2 ms of a
+# step of 1.2e12 FLOPs (64 x 256 tokens of the reference model; torch 2.11).
 COMPILE_FROM = 1e16
-# FLOP/s of each thread in training: 2 threads took 1.3 hours for the 1.2e15 of the reference recipe on an AMD EPYC
+# FLOP/s of one CPU thread in training: 2 threads took 1.3 hours for the 1.2e15 of the reference recipe on an AMD EPYC
 # (family 26), 2 hours on an Intel Xeon with AMX (torch 2.13).
 CPU_FLOPS = 1e11
 STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pretrained weights
@@ -59,7 +58,7 @@ STARTS = ("auto", "scratch", "resume")  # init_from is one of these or names pre
 class TrainConfig:
     """Train a GPT. The same command typed again resumes where the last one stopped."""
 
-    given = frozenset()  # the keys that a recipe or the command sets, filled in by config.read
+    given = frozenset()  # the names of the keys that a recipe or the command sets; config.read fills it in
 
     out_dir: str = key("out", "folder for checkpoints and log", "run")
     dataset: str = key("shakespeare_char", "folder under data/, made by prepare.py")
@@ -105,10 +104,10 @@ class TrainConfig:
     eval_only: bool = key(False, "evaluate once and end, writing nothing")
     log_interval: int = key(10, "steps between rows of log.csv", least=1)
 
-    seed: int = key(1337, "of initial weights, batches and dropout", "machine", least=0, below=2**63)
+    seed: int = key(1337, "random seed of initial weights, batches and dropout", "machine", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available", also="gpu backend")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "of matrix products; auto: the fastest safe one; float32: without TF32"
+        "auto", "dtype of matrix products; auto: the fastest safe one; float32: without TF32"
     )
     compile: Literal["auto"] | bool = key("auto", "torch.compile; auto: on cuda, for long runs, else CUDA graphs")
     deterministic: bool = key(False, "repeat a run bit for bit on cuda, too; slower")
@@ -153,50 +152,48 @@ MODEL_KEYS = [name for name in TrainConfig.__annotations__ if name in GPTConfig.
 def main(argv: list[str]) -> int | None:
     """Train; returns the exit status of a run that a signal stopped."""
     config = read(TrainConfig, argv)
-    again = "the same command" + " without --init_from" * (config.init_from == "scratch")
+    again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
     writing = rank_and_size()[0] == 0 and not config.eval_only
     with locked(config.path("lock")) if writing else nullcontext():
         state, splits, process = start(config)
         log = Log(config, state, process)
         if config.eval_only:
-            return log.show(evaluate(state, splits, config, process))
+            log.show_evaluation(evaluate(state, splits, config, process))
+            return None
         stop = train(state, splits, log, config, process)
     if stop:
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes")
         return 128 + stop
     best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}, last {log.val_loss:.4f}"
     show(f"{best}, after {log.cost()}; try python sample.py {typed('out_dir', config.out_dir)}")
+    return None
 
 
 def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig, process: Process) -> int:
     """Take steps up to max_iters; returns the number of the signal that ended the run early, else 0.
 
-    A resumed run enters at the head of the loop, at ckpt.pt's step: an evaluation that a kill cut off is repeated.
+    A resumed run enters at the head of the loop, at ckpt.pt's step, so it repeats an evaluation that a kill cut off.
     """
     model = compiled_and_parallel(state.model, config, process)
     with StopSignals() as signals:
         while True:
-            stop = process.max_over_processes(signals.received)  # one during an evaluation is seen a step later
+            stop = process.max_over_processes(signals.received)  # of an evaluation, too, but a step later
             evaluating = evaluation_due(state.step, config)
-            if evaluating or stop:  # saved first: a kill during the evaluation costs no step
+            if evaluating or stop:  # before the evaluation, so that a kill during it costs no step
                 state.save("ckpt.pt", config, process)
             if stop:
                 break
             if evaluating:
-                losses = evaluate(state, splits, config, process)
-                if state.step > 0 and losses["val_loss"] <= state.best_val_loss:  # equal where it is repeated
-                    state.best_val_loss, state.best_step = losses["val_loss"], state.step
-                    state.save("best.pt", config, process)
-                    # Or a run that is resumed with a higher max_iters, which repeats nothing, would not know of it.
-                    state.save("ckpt.pt", config, process)
-                log.evaluation(losses)
+                metrics = evaluate(state, splits, config, process)
+                state.keep_if_best(metrics["val_loss"], config, process)
+                log.evaluation(metrics)
             if state.step >= config.max_iters:
                 break
-            loss_and_norm = train_step(model, state, splits["train"], config, process)
+            metrics = train_step(model, state, splits["train"], config, process)
             state.step += 1
             if state.step in (1, config.max_iters) or state.step % config.log_interval == 0:
-                log.report(loss_and_norm)
-    process.barrier()  # process 0 may still save, and torchrun ends all when the first has left
+                log.report(metrics)
+    process.barrier()  # process 0 may still be saving, and torchrun may end it when the others have left
     return stop
 
 
@@ -207,16 +204,15 @@ def evaluation_due(step: int, config: TrainConfig) -> bool:
 # One step
 
 
-def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> Tensor:
-    """One step down the gradient of batch `state.step`. Returns (loss, gradient norm), still on the device."""
+def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> dict:
+    """One step down the gradient of batch `state.step`. Returns metrics of this process, tensors on its device."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, config)
     micro_steps = config.gradient_accumulation_steps
     total_loss = torch.zeros((), device=process.device)
     for micro_step in range(micro_steps):
         x, y = batch(tokens, state.step, micro_step, config, process)
-        seeds = np.random.SeedSequence((config.seed, state.step, process.rank, micro_step))  # of dropout
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        seed_dropout(state.step, micro_step, config, process)
         # Gradients are all-reduced once, in the backward pass of the last micro-batch.
         with model.no_sync() if process.world_size > 1 and micro_step < micro_steps - 1 else nullcontext():
             with process.autocast():
@@ -227,8 +223,8 @@ def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfi
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.model.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients must stay views of its buckets
-    return torch.stack((total_loss, grad_norm))
+    state.model.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients stay views of its buckets
+    return {"loss": total_loss, "grad_norm": grad_norm}
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -254,6 +250,11 @@ def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, proce
     return inputs_and_targets(tokens, starts[offset : offset + rows], config.block_size, process.device)
 
 
+def seed_dropout(step: int, micro_step: int, config: TrainConfig, process: Process) -> None:
+    seeds = np.random.SeedSequence((config.seed, step, process.rank, micro_step))
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+
+
 def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Blocks (B, length) from each of `starts` (B,) on, and, shifted by one, the next token at each position."""
     rows = torch.from_numpy(tokens.blocks(starts, length))  # (B, length + 1)
@@ -263,309 +264,43 @@ def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: 
     return rows[:, :-1], rows[:, 1:]
 
 
-# Evaluation
-
-
-def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
-    """The mean losses of both splits on as many tokens: the first `eval_iters` batches, or all of the validation text.
-
-    Bits per byte where it is all of it, and its size is known.
-    """
-    whole = len(splits["val"]) - 1  # tokens to predict
-    n_tokens = min((config.eval_iters * config.batch_size * config.block_size) or whole, whole)
-    train_loss, val_loss = (mean_loss(state.model, split, n_tokens, config, process) for split in splits.values())
-    losses = {"train_loss": train_loss, "val_loss": val_loss}
-    if splits["val"].n_bytes and n_tokens == whole:
-        losses["bits_per_byte"] = val_loss / math.log(2) * len(splits["val"]) / splits["val"].n_bytes
-    return losses
-
-
-@torch.no_grad()
-def mean_loss(model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process) -> float:
-    """Mean loss, in nats a token, of predicting tokens 1 to `n_tokens` of a split (0 is given), block after block.
-
-    The processes share the blocks. The model is the uncompiled one: these batches differ in shape from training's.
-    """
-    length, n_tokens = config.block_size, min(n_tokens, len(tokens) - 1)
-    at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens that fill the device, however short the blocks
-    rows = max(config.micro_batch_size(process.world_size), at_once // length)
-    starts = np.arange(0, n_tokens - length + 1, length)
-    batches = [(starts[i : i + rows], length) for i in range(0, len(starts), rows)]
-    if rest := n_tokens % length:
-        batches.append((np.array([n_tokens - rest]), rest))
-    model.eval()
-    sums = [torch.zeros((), device=process.device)]  # of the losses in each batch; a process may have none
-    for i in range(process.rank, len(batches), process.world_size):
-        progress.show(f"evaluating {tokens.path}: {i / len(batches):.0%}")
-        x, y = inputs_and_targets(tokens, *batches[i], process.device)
-        with process.autocast():
-            _, loss = model(x, y, need_logits=False)
-        sums.append(loss * x.numel())
-    model.train()
-    total = sum(torch.stack(sums).tolist())  # waits for the device
-    return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
-
-
-# Starting, saving and resuming
-
-
-TEXT_FACTS = ("sha256", "train_tokens", "shards")  # of meta.json and ckpt.pt: which text, how much of it
-NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
-
-
-@dataclass
-class State:
-    """All that a run is at one moment; `step` counts finished optimizer steps. The files that it writes, and when:
-
-        at step 0        ckpt.pt; best.pt of an older run goes; log.csv begins anew with the first row
-        a report         a row of log.csv
-        an evaluation    ckpt.pt before it; after it, where the loss is the lowest, best.pt and ckpt.pt; then a row
-        a stop           ckpt.pt
-
-    A file is whole at any moment, but for the last row of log.csv. A resumed run begins with ckpt.pt, drops the rows of
-    what comes after it and does that again, to the same bits: a kill costs the time since ckpt.pt was written, nothing
-    else.
-    """
-
-    model: LanguageModel
-    optimizer: Any  # with the interface of torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    meta: dict  # meta.json of the dataset
-    step: int = 0
-    best_val_loss: float = math.inf  # of the evaluations after step 0
-    best_step: int | None = None
-
-    def save(self, name: str, config: TrainConfig, process: Process) -> None:
-        """Process 0 writes best.pt, what `sample.py` needs, or ckpt.pt, with the optimizer, to out_dir.
-
-        Raises UserError for weights that are not finite.
-        """
-        if process.rank > 0:
-            return
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise diverged("weights are not finite", self.step, config)
-        checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
-        checkpoint |= {"step": self.step, "best_val_loss": self.best_val_loss, "best_step": self.best_step}
-        checkpoint |= {"config": asdict(config), **{fact: self.meta[fact] for fact in TEXT_FACTS if fact in self.meta}}
-        checkpoint["tokenizer"] = {fact: self.meta[fact] for fact in TOKENIZER_FACTS if fact in self.meta}
-        if name == "ckpt.pt":
-            moments = {"class": type(self.optimizer).__name__, "state": self.optimizer.state_dict()["state"]}
-            checkpoint |= {"optimizer": moments, "scaler": self.scaler.state_dict()}
-        with replacing(config.path(name)) as file:
-            torch.save(checkpoint, file)
-        if self.step == 0:
-            config.path("best.pt").unlink(missing_ok=True)
-
-    def restore(self, checkpoint: dict) -> None:
-        """Set all but the weights to the checkpoint's. Raises ValueError where it does not fit."""
-        # Rates and decay, which torch's optimizers keep beside their state, stay those of the settings.
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-        if checkpoint["scaler"]:
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step, self.best_val_loss, self.best_step = map(checkpoint.get, ("step", "best_val_loss", "best_step"))
-        if type(self.step) is not int or self.step < 0 or math.isnan(self.best_val_loss):
-            raise ValueError(f"step {self.step!r}, best_val_loss {self.best_val_loss!r}")
-
-
-@dataclass
-class Source:
-    """What a run starts from, if not from random weights: out_dir's checkpoint, or pretrained weights.
-
-    A key that was not given follows the checkpoint, unless it is one of NOT_FOLLOWED; pretrained weights say the shape
-    only. A key that was given counts, but shape, optimizer and init_from must be the checkpoint's. The dataset must
-    have the same tokenizer, and for a run that is resumed be the same text.
-    """
-
-    path: Path | str
-    resuming: bool
-    model: LanguageModel
-    checkpoint: dict  # what the file holds; nothing for Hugging Face's format but the size of the vocabulary
-    changed: dict[str, str]  # keys that were given and differ: {"dropout": "dropout 0.1 -> 0.3"}
-    followed: list[str]  # keys that were not, and differ from what they would be otherwise: ["n_layer 2"]
-
-
-def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
-    """The state that the run starts in, its data and processes."""
-    source = find_source(config)  # in every process, and first: `config` follows it, in the dataset, too
-    process = join_processes(config)
-    config.check(process.world_size)
-    if process.rank == 0:
-        prepared(config.dataset)
-    process.barrier()
-    meta = load_meta(config.dataset)
-    splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
-    if source:
-        refuse_another(source, meta)
-    torch.manual_seed(config.seed)
-    model = source.model if source else MODELS[config.model](config.model_config(meta["vocab_size"]))
-    state = new_state(model, meta, config, process)
-    if source and source.resuming:
-        resume(state, source, config)
-    elif source:
-        show(f"starting from {source.path}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
-    if process.max_over_processes(state.step) > state.step:
-        raise UserError(f"{config.path('ckpt.pt')} is not the same on every machine: all must see the same folder")
-    show(f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters on {process}")
-    warn_of_hours(state, config, process)
-    return state, splits, process
-
-
-def find_source(config: TrainConfig) -> Source | None:
-    """Raises ConfigError rather than overwrite a run, and for a source that does not exist."""
-    path, best = config.path("ckpt.pt"), config.path("best.pt")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
-    if path.exists() and (config.init_from != "scratch" or restarted):
-        return opened(path, True, config)
-    if config.init_from == "scratch":
-        return None
-    if best.exists():
-        begin = f"start from it with {typed('init_from', best)} and another --out_dir"
-        raise ConfigError(f"there is {best} but no {path}: {begin}, or overwrite it with --init_from=scratch")
-    if config.init_from == "resume":
-        raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
-    if config.init_from == "auto":
-        return None
-    with as_config_error():
-        return opened(checkpoint_in(config.init_from) or config.init_from, False, config)
-
-
-SHAPE = ["model", *(name for name in MODEL_KEYS if name != "dropout")]
-
-
-def opened(path: Path | str, resuming: bool, config: TrainConfig) -> Source:
-    """Open the weights and let `config` follow what they say, checked as if it were typed."""
-    quiet_hub(needed=not Path(path).exists())
-    with explained(f"cannot open {path}", "; restore a copy, or name another one"):
-        model, checkpoint = open_model(path)
-        if not resuming and isinstance(model, GPT) and "block_size" in config.given:
-            model.crop(min(config.block_size, model.config.block_size))
-        shape = asdict(model.config) | {"model": type(model).__name__.lower()}
-        saved = {name: shape[name] for name in SHAPE}
-        if resuming:
-            # A key that is newer than the checkpoint had its default then.
-            saved = asdict(TrainConfig()) | checkpoint["config"] | saved
-            if config.init_from in STARTS:  # which name no weights: the run still began with those that it began with
-                config.init_from = saved["init_from"]
-        changed, followed = follow(config, saved, path)
-        model.config.dropout = config.dropout  # where all parts of the model read it
-        facts = checkpoint_tokenizer(checkpoint, path) if checkpoint else {}  # Hugging Face's format tells none
-        checkpoint["tokenizer"] = facts | {"vocab_size": model.config.vocab_size}
-    return Source(path, resuming, model, checkpoint, changed, followed)
-
-
-def follow(config: TrainConfig, saved: dict, path: Path | str) -> tuple[dict[str, str], list[str]]:
-    """Set the keys that were not given to what was saved, checked as if it were typed; return what `Source` holds."""
-    changed, followed = {}, []
-    for name in [field.name for field in fields(config) if field.name in saved]:
-        before = convert(TrainConfig, name, saved[name], f"{path}: {name}")
-        now = getattr(config, name)
-        if before != now and name in config.given:
-            changed[name] = f"{name} {short(before)} -> {short(now)}"
-        elif before != now and name not in NOT_FOLLOWED:
-            setattr(config, name, before)
-            followed.append(f"{name} {short(before)}")
-    return changed, followed
-
-
-def refuse_another(source: Source, meta: dict) -> None:
-    """Raises ConfigError where shape, optimizer, tokenizer or text are not those of the source."""
-    different = [text for name, text in source.changed.items() if name in (*SHAPE, "optimizer", "init_from")]
-    facts = dict(source.checkpoint["tokenizer"])
-    if source.resuming:
-        facts |= {name: source.checkpoint[name] for name in TEXT_FACTS if name in source.checkpoint}
-    for name, fact in facts.items():
-        if fact != meta.get(name, fact) and name != "tokenizer":  # whatever it is called, its tokens count
-            different.append(f"{name} {short(fact)} -> {short(meta[name])}")
-    if not different:
-        return
-    if source.resuming:
-        advice = f"take another --out_dir, where {typed('init_from', source.path)} fine-tunes these weights"
-    else:
-        tokens = f"python prepare.py --dataset=NAME --input=FILE {typed('tokenizer', source.path)}"
-        advice = f"leave out keys of the shape; {tokens} makes tokens that fit"
-    what = f"another model or text or optimizer than asked for ({', '.join(different)})"
-    raise ConfigError(f"{source.path} holds {what}; {advice}")
-
-
-def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Process) -> State:
-    model.to(process.device)
-    optimizer = Optimizer(model, config, process.dtype)  # torch.optim.AdamW(model.parameters()) would do here, too
-    # Small float16 gradients would vanish without a scale; the other dtypes need none.
-    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
-    return State(model, optimizer, scaler, meta)
-
-
-def resume(state: State, source: Source, config: TrainConfig) -> None:
-    """Set the state to the checkpoint's. Raises UserError where it does not fit."""
-    optimizer = type(state.optimizer).__name__
-    with explained(f"cannot open {source.path}", "; restore a copy, or name another one"):
-        if source.checkpoint.get("optimizer", {}).get("class") != optimizer:
-            advice = f"use {typed('init_from', source.path)} and another --out_dir"
-            raise ConfigError(f"{source.path} has no optimizer state that fits {optimizer}: {advice}")
-        state.restore(source.checkpoint)
-    if state.step > config.max_iters and not config.eval_only:
-        past = f"{source.path} is at step {state.step}, past {typed('max_iters', config.max_iters)}"
-        raise ConfigError(f"{past}: raise it, or take another --out_dir")
-    changed = f"; changed since: {', '.join(source.changed.values())}" if source.changed else ""
-    followed = f"; as in the checkpoint: {', '.join(source.followed)}" if source.followed else ""
-    show(f"resuming from {source.path} at step {state.step}{changed}{followed}")
-    # With eval_iters=0, batch_size does not change what is evaluated.
-    other_tokens = source.changed.keys() & ({"eval_iters", "batch_size"} if config.eval_iters else {"eval_iters"})
-    if state.best_step and (other_tokens or not config.path("best.pt").exists()):
-        state.best_val_loss, state.best_step = math.inf, None
-        show("best.pt is gone, or of another evaluation: the lowest loss starts over")
-
-
-def warn_of_hours(state: State, config: TrainConfig, process: Process) -> None:
-    """It saves who types `python train.py` on a laptop an evening."""
-    flops = flops_of_run(state.model, config) * (1 - state.step / config.max_iters)
-    hours = flops / (CPU_FLOPS * torch.get_num_threads() * process.world_size) / 3600
-    if hours > 1 and process.device.type == "cpu" and not config.eval_only:
-        small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
-        show(f"this takes hours on a CPU, on one like ours about {hours:,.1f}; {small}")
-
-
-def diverged(what: str, step: int, config: TrainConfig) -> UserError:
-    rate = f"learning rate {learning_rate(max(0, step - 1), config):.1e}"
-    advice = "Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
-    return UserError(f"{what} at step {step}, {rate}; the last checkpoint is untouched. {advice}")
-
-
 # The optimizer
 
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019), with weight decay on matrices only, not on gains and biases.
 
-    optimizer="muon": the matrices inside the blocks step along their momentum made orthogonal (Jordan et al., 2024): no
-    direction dominates then. Its size is that of AdamW's step (Liu et al., 2025); yet the best rates are higher here.
+    optimizer="muon": the matrices inside the blocks step along their momentum made orthogonal (Jordan et al., 2024), so
+    that no direction dominates. The step has the size of AdamW's (Liu et al., 2025); the best rates are still higher.
 
-    Any of torch.optim's classes may take its place. Here only a function of theirs is called, for to import them takes
-    torch.compile's machinery, 4.6 of the 13.3 s before the first step of the reference run on an H100 (torch 2.11).
+    Any of torch.optim's classes may take its place: the run uses param_groups, step, state_dict and load_state_dict.
+    Their AdamW is called as a function, because to import the classes imports torch.compile, too: 4.6 of the 13.3 s
+    before the first step of the reference run on an H100 (torch 2.11).
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32):
         self.dtype = torch.float32 if dtype == torch.float16 else dtype  # of Muon's products; float16 underflows
         self.betas = {"beta1": config.beta1, "beta2": config.beta2}
-        alike = defaultdict(dict)  # parameters that take one step together, by name
+        groups = defaultdict(dict)  # parameters that are updated together, by name
         for name, p in model.named_parameters():
             if config.optimizer == "muon" and p.dim() == 2 and ".h." in name:
-                alike["muon", p.shape][name] = p
+                groups["muon", p.shape][name] = p
             else:
-                alike["adamw", p.dim() == 2][name] = p
+                groups["adamw", p.dim() == 2][name] = p
         self.param_groups, self.state = [], {}
-        for (rule, _), named in alike.items():
-            params = [*named.values()]
-            if rule == "muon":  # the means of the gradients (n, rows, columns)
-                moments = {"momentum": torch.zeros_like(torch.stack(params))}
-            else:  # the means of the gradients and of their squares, the numbers of steps (n,)
+        for (rule, _), named in groups.items():
+            params = list(named.values())
+            decay = config.weight_decay if params[0].dim() == 2 else 0.0
+            if rule == "muon":
+                moments = {"momentum": torch.zeros_like(torch.stack(params))}  # (n, rows, columns)
+            else:
                 moments = {name: [torch.zeros_like(p) for p in params] for name in ("mean", "square")}
                 moments["steps"] = torch.zeros(len(params), device=params[0].device)
-            decay = config.weight_decay if params[0].dim() == 2 else 0.0
             group = {"params": params, "lr": 0.0, "weight_decay": decay, "update": getattr(self, rule)}
             self.param_groups.append(group | moments)
-            for i, name in enumerate(named):  # views, by name: to load into them is to load the groups
-                self.state |= {f"{name}.{moment}": values[i] for moment, values in moments.items()}
+            for moment, values in moments.items():
+                for name, value in zip(named, values, strict=True):  # a view of what the group holds
+                    self.state[f"{name}.{moment}"] = value
 
     @torch.no_grad()
     def step(self) -> None:
@@ -609,6 +344,294 @@ def orthogonal(x: Tensor) -> Tensor:
     return x
 
 
+# Evaluation
+
+
+def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
+    """The mean losses of both splits, each of as many tokens: of `eval_iters` batches, or of the whole val split.
+
+    They are the first tokens of the val split, so that losses compare between runs. Those of the train split are spread
+    over all of it, for its beginning may be easier. Bits per byte are known where the whole val split is read.
+    """
+    train, val = splits["train"], splits["val"]
+    whole = len(val) - 1  # tokens to predict
+    n_tokens = min((config.eval_iters * config.batch_size * config.block_size) or whole, whole)
+    metrics = {
+        "train_loss": mean_loss(state.model, train, n_tokens, config, process, spread=True),
+        "val_loss": mean_loss(state.model, val, n_tokens, config, process),
+    }
+    if val.n_bytes and n_tokens == whole:
+        metrics["bits_per_byte"] = metrics["val_loss"] / math.log(2) * len(val) / val.n_bytes
+    return metrics
+
+
+@torch.no_grad()
+def mean_loss(
+    model: LanguageModel, tokens: Tokens, n_tokens: int, config: TrainConfig, process: Process, spread: bool = False
+) -> float:
+    """Mean loss, in nats, of predicting the first `n_tokens` tokens of a split, or as many `spread` over all of it.
+
+    The processes share the work. The model is the uncompiled one: these batches differ in shape from training's.
+    """
+    at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens that keep the device busy
+    rows = max(config.micro_batch_size(process.world_size), at_once // config.block_size)
+    n_tokens = min(n_tokens, len(tokens) - 1)
+    batches = evaluation_batches(n_tokens, len(tokens) - 1 if spread else n_tokens, config.block_size, rows)
+    model.eval()
+    sums = [torch.zeros((), device=process.device)]  # of the losses in each batch; a process may get no batch
+    for i in range(process.rank, len(batches), process.world_size):
+        progress.show(f"evaluating {tokens.path}: {i / len(batches):.0%}")
+        x, y = inputs_and_targets(tokens, *batches[i], process.device)
+        with process.autocast():
+            _, loss = model(x, y, need_logits=False)
+        sums.append(loss * x.numel())
+    model.train()
+    total = sum(torch.stack(sums).tolist())  # waits for the device
+    return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
+
+
+def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> list[tuple[np.ndarray, int]]:
+    """(starts, length) of batches of blocks that lie evenly over `among` tokens and have `n_tokens` together."""
+    starts = np.arange(0, n_tokens, length) * among // n_tokens
+    n_full = n_tokens // length
+    batches = [(starts[i : min(i + rows, n_full)], length) for i in range(0, n_full, rows)]
+    if rest := n_tokens % length:
+        batches.append((starts[n_full:], rest))  # a shorter block
+    return batches
+
+
+# Starting, saving and resuming
+
+
+SHAPE = ["model", *(name for name in MODEL_KEYS if name != "dropout")]
+TEXT_FACTS = ("sha256", "train_tokens", "shards")  # what meta.json and ckpt.pt say of the text and its size
+NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
+
+
+@dataclass
+class State:
+    """All that a run is at one moment; `step` counts finished optimizer steps.
+
+    When             What is written                              A kill right after it costs
+    step 0           ckpt.pt; an older run's best.pt is removed   the evaluation of step 0
+    report           a row of log.csv; the first of a start       the steps since ckpt.pt
+                     drops the rows of an older or later step
+    evaluation       before it ckpt.pt                            the evaluation
+                     after it, if the loss is the lowest,         the evaluation
+                     best.pt, then ckpt.pt, which tells of it
+                     a row                                        nothing
+    stop             ckpt.pt                                      nothing
+
+    A resumed run starts from ckpt.pt and repeats what was lost, to the same bits on a CPU. A file takes its name when
+    it is complete; only the last row of log.csv may be torn.
+    """
+
+    model: LanguageModel
+    optimizer: Any  # with the interface of torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meta: dict  # meta.json of the dataset
+    step: int = 0
+    best_val_loss: float = math.inf  # of the evaluations after step 0
+    best_step: int | None = None
+
+    def save(self, name: str, config: TrainConfig, process: Process) -> None:
+        """Process 0 writes ckpt.pt, or best.pt, which has no optimizer: `sample.py` needs none.
+
+        Raises UserError for weights that are not finite.
+        """
+        if process.rank > 0:
+            return
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise diverged("weights are not finite", self.step, config)
+        checkpoint = {"format": 1, "model": self.model.state_dict(), "model_config": asdict(self.model.config)}
+        checkpoint |= {"step": self.step, "best_val_loss": self.best_val_loss, "best_step": self.best_step}
+        checkpoint |= {"config": asdict(config), **{fact: self.meta[fact] for fact in TEXT_FACTS if fact in self.meta}}
+        checkpoint["tokenizer"] = {fact: self.meta[fact] for fact in TOKENIZER_FACTS if fact in self.meta}
+        if name == "ckpt.pt":
+            optimizer = {"class": type(self.optimizer).__name__, "state": self.optimizer.state_dict()["state"]}
+            checkpoint |= {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        with replacing(config.path(name)) as file:
+            torch.save(checkpoint, file)
+        if self.step == 0:
+            config.path("best.pt").unlink(missing_ok=True)
+
+    def keep_if_best(self, val_loss: float, config: TrainConfig, process: Process) -> None:
+        """Write best.pt if this validation loss is the lowest; step 0 does not count."""
+        if self.step > 0 and val_loss <= self.best_val_loss:
+            self.best_val_loss, self.best_step = val_loss, self.step
+            self.save("best.pt", config, process)
+            # ckpt.pt must tell of it, too: resumed with a higher max_iters, a run may not repeat this evaluation.
+            self.save("ckpt.pt", config, process)
+
+    def restore(self, checkpoint: dict) -> None:
+        """Set all but the weights to the checkpoint's. Raises ValueError where it does not fit."""
+        # The rest of what torch's optimizers save, rates and decay, stays as the settings say.
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
+        if checkpoint["scaler"]:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step = checkpoint["step"]
+        self.best_val_loss, self.best_step = checkpoint["best_val_loss"], checkpoint["best_step"]
+        if type(self.step) is not int or self.step < 0 or math.isnan(self.best_val_loss):
+            raise ValueError(f"step {self.step!r}, best_val_loss {self.best_val_loss!r}")
+
+
+def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
+    """The state that the run starts in, its data and processes."""
+    source = find_source(config)
+    remarks = follow(source, config) if source else ""  # first, for it may set any key: config.dataset, too
+    process = join_processes(config)
+    config.check(process.world_size)
+    if process.rank == 0:
+        prepared(config.dataset)
+    process.barrier()
+    meta = load_meta(config.dataset)
+    splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
+    torch.manual_seed(config.seed)
+    model = source.model if source else MODELS[config.model](config.model_config(meta["vocab_size"]))
+    state = new_state(model, meta, config, process)
+    if source:
+        check_fits(source, state, config)
+    if source and source.resuming:
+        resume(state, source, remarks, config)
+    elif source:
+        show(f"starting from {source.path}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_FOLLOWED}
+    facts = {"settings": settings, f"step of {config.path('ckpt.pt')}": state.step, "meta.json": meta | {"source": ""}}
+    process.refuse_unequal(facts | {str(split.path): split.fingerprint() for split in splits.values()})
+    show(f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters on {process}")
+    warn_of_hours(state, config, process)
+    return state, splits, process
+
+
+@dataclass
+class Source:
+    """What a run starts from, if not from random weights: out_dir's checkpoint, or pretrained weights."""
+
+    path: Path | str
+    resuming: bool  # out_dir's run
+    model: LanguageModel
+    checkpoint: dict  # what else the file holds; nothing in Hugging Face's format
+    saved: dict[str, Any]  # the values it was trained with: keys, tokenizer, text; pretrained: shape and tokenizer
+
+
+def find_source(config: TrainConfig) -> Source | None:
+    """Raises ConfigError if the source does not exist, or if starting without it would overwrite a run."""
+    path, best = config.path("ckpt.pt"), config.path("best.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
+    if path.exists() and (config.init_from != "scratch" or restarted):
+        return open_source(path, True, config)
+    if config.init_from == "scratch":
+        return None
+    if best.exists():
+        begin = f"start from it with {typed('init_from', best)} and another --out_dir"
+        raise ConfigError(f"there is {best} but no {path}: {begin}, or overwrite it with --init_from=scratch")
+    if config.init_from == "resume":
+        raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
+    if config.init_from == "auto":
+        return None
+    with as_config_error():
+        return open_source(checkpoint_in(config.init_from) or config.init_from, False, config)
+
+
+def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source:
+    """Raises UserError for a damaged file."""
+    quiet_hub(needed=not Path(path).exists())
+    with explained(f"cannot open {path}", "; restore a copy, or name another one"):
+        model, checkpoint = open_model(path)
+        if not resuming and isinstance(model, GPT) and "block_size" in config.given:
+            model.crop(min(config.block_size, model.config.block_size))
+        saved = {}
+        if resuming:
+            # A key that is newer than the checkpoint had its default then.
+            saved |= asdict(TrainConfig()) | checkpoint["config"]
+            saved |= {fact: checkpoint[fact] for fact in TEXT_FACTS if fact in checkpoint}
+            saved["optimizer_class"] = checkpoint.get("optimizer", {}).get("class")
+        if checkpoint:  # Hugging Face's format tells nothing of its tokens but their number
+            saved |= checkpoint_tokenizer(checkpoint, path)
+        shape = asdict(model.config) | {"model": type(model).__name__.lower()}
+        saved |= {name: shape[name] for name in (*SHAPE, "vocab_size")}
+    return Source(path, resuming, model, checkpoint, saved)
+
+
+def follow(source: Source, config: TrainConfig) -> str:
+    """Set the keys that were not given to what was saved, checked as if it were typed. Returns what to say of it."""
+    if source.resuming and config.init_from in STARTS:  # which do not say from what weights the run once began
+        config.init_from = source.saved["init_from"]
+    changed, followed = [], []
+    for name in [field.name for field in fields(config) if field.name in source.saved]:
+        before = convert(TrainConfig, name, source.saved[name], f"{source.path}: {name}")
+        now = getattr(config, name)
+        if before != now and name in config.given:
+            changed.append(f"{name} {short(before)} -> {short(now)}")
+        elif before != now and name not in NOT_FOLLOWED:
+            setattr(config, name, before)
+            followed.append(f"{name} {short(before)}")
+    remarks = {"changed since": changed, "as in the checkpoint": followed}
+    return "".join(f"; {remark}: {', '.join(keys)}" for remark, keys in remarks.items() if keys)
+
+
+def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Process) -> State:
+    model.config.dropout = config.dropout  # where all parts of the model read it
+    model.to(process.device)
+    optimizer = Optimizer(model, config, process.dtype)  # torch.optim.AdamW(model.parameters()) would do here, too
+    # Small float16 gradients would vanish without a scale; the other dtypes need none.
+    scaler = torch.amp.GradScaler(process.device.type, enabled=process.dtype == torch.float16)
+    return State(model, optimizer, scaler, meta)
+
+
+def check_fits(source: Source, state: State, config: TrainConfig) -> None:
+    """Raises ConfigError if shape or tokens differ; for a run also if optimizer, init_from or text differ.
+
+    Compared are the facts that both sides know.
+    """
+    now = asdict(config) | state.meta | {"optimizer_class": type(state.optimizer).__name__}
+    facts = [*SHAPE, "vocab_size", "chars", "json"]
+    if source.resuming:
+        facts += ["optimizer", "optimizer_class", "init_from", *TEXT_FACTS]
+    common = [(fact, source.saved[fact], now[fact]) for fact in facts if fact in source.saved and fact in now]
+    different = [f"{fact} {short(before)} -> {short(after)}" for fact, before, after in common if before != after]
+    if not different:
+        return
+    if source.resuming:
+        advice = f"take another --out_dir, where {typed('init_from', source.path)} fine-tunes these weights"
+    else:
+        tokens = f"python prepare.py --dataset=NAME --input=FILE {typed('tokenizer', source.path)}"
+        advice = f"leave out keys of the shape; {tokens} makes tokens that fit"
+    what = f"another model or text or optimizer than asked for ({', '.join(different)})"
+    raise ConfigError(f"{source.path} holds {what}; {advice}")
+
+
+def resume(state: State, source: Source, remarks: str, config: TrainConfig) -> None:
+    """Set the state to the checkpoint's. Raises UserError where it does not fit."""
+    with explained(f"cannot open {source.path}", "; restore a copy, or name another one"):
+        state.restore(source.checkpoint)
+    if state.step > config.max_iters and not config.eval_only:
+        past = f"{source.path} is at step {state.step}, past {typed('max_iters', config.max_iters)}"
+        raise ConfigError(f"{past}: raise it, or take another --out_dir")
+    show(f"resuming from {source.path} at step {state.step}{remarks}")
+    # With eval_iters=0, batch_size does not change what is evaluated.
+    evaluation = ("eval_iters", "batch_size") if config.eval_iters else ("eval_iters",)
+    other_tokens = any(getattr(config, name) != source.saved[name] for name in evaluation)
+    if state.best_step and (other_tokens or not config.path("best.pt").exists()):
+        state.best_val_loss, state.best_step = math.inf, None
+        show("best.pt is gone, or of another evaluation: the lowest loss starts over")
+
+
+def warn_of_hours(state: State, config: TrainConfig, process: Process) -> None:
+    """Warn who types `python train.py` on a laptop, before the first evaluation."""
+    flops = flops_of_run(state.model, config) * (1 - state.step / config.max_iters)
+    hours = flops / (CPU_FLOPS * torch.get_num_threads() * process.world_size) / 3600
+    if hours > 1 and process.device.type == "cpu" and not config.eval_only:
+        small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
+        show(f"this takes hours on a CPU, on one like ours about {hours:,.1f}; {small}")
+
+
+def diverged(what: str, step: int, config: TrainConfig) -> UserError:
+    rate = f"learning rate {learning_rate(max(0, step - 1), config):.1e}"
+    advice = "Try a lower --learning_rate, a longer --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    return UserError(f"{what} at step {step}, {rate}; the last checkpoint is untouched. {advice}")
+
+
 # Processes
 
 
@@ -620,12 +643,12 @@ class Process:
     world_size: int
     device: torch.device
     dtype: torch.dtype
-    patient: dist.ProcessGroup | None = None  # all of them, waiting for each other for days if need be
+    slow_group: dist.ProcessGroup | None = None  # all of them, with a timeout of 7 days
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018).
 
-        Without its cache, which CUDA graphs refuse: no weight is cast twice in a pass.
+        Its cache is off, for CUDA graphs refuse it; nothing is lost, for each weight is cast once in a pass.
         """
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
 
@@ -636,13 +659,23 @@ class Process:
         return values
 
     def max_over_processes(self, number: int) -> int:
-        """The largest over all processes, so that they decide alike; between CPUs: no GPU is waited for."""
+        """The largest over all processes, so that all decide the same. A tensor on the CPU: no GPU is waited for."""
         return int(self.all_reduce(torch.tensor(number), dist.ReduceOp.MAX))
 
-    def barrier(self) -> None:
-        """Wait until all are here. To download 20 GB takes longer than the half hour of torch's own patience."""
+    def refuse_unequal(self, facts: dict[str, Any]) -> None:
+        """Raises UserError where a fact differs between processes: they could train, but not the same run."""
         if self.world_size > 1:
-            dist.barrier(self.patient)
+            everywhere = [{}] * self.world_size
+            dist.all_gather_object(everywhere, facts, self.slow_group)
+            unequal = [name for name in facts if any(theirs.get(name) != facts[name] for theirs in everywhere)]
+            if unequal:
+                advice = "all need the same command and the same files"
+                raise UserError(f"not the same in every process: {', '.join(unequal)}; {advice}")
+
+    def barrier(self) -> None:
+        """Wait until all are here. A download of 20 GB may take longer than torch's default timeout of 30 minutes."""
+        if self.world_size > 1:
+            dist.barrier(self.slow_group)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -684,17 +717,17 @@ def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Pr
             torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
             model = torch.compile(model)
         elif auto and process.world_size == config.gradient_accumulation_steps == 1:
-            model = recorded(model, config, process)
+            model = in_cuda_graphs(model, config, process)
     except Exception as error:
         what = "torch.compile" if compiling else "a CUDA graph"
         show(f"{what} does not work here ({type(error).__name__}): training without it")
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if process.world_size > 1 else model
 
 
-def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
+def in_cuda_graphs(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
     """Forward and backward pass as CUDA graphs, each launched at once: 300 kernels take longer to launch than to run.
 
-    For one micro-batch a step: the gradients are where the next replay writes.
+    Each replay overwrites the gradients, so they cannot be accumulated over micro-batches.
     """
 
     module = nn.Module()  # whose parameters are the model's, and whose output is the loss alone
@@ -712,9 +745,9 @@ def recorded(model: LanguageModel, config: TrainConfig, process: Process) -> Cal
 
 
 class Log:
-    """The metrics of a run go to the console, to out_dir/log.csv and to TensorBoard.
+    """The metrics of a run, for the console, out_dir/log.csv and TensorBoard: a row for each report and evaluation.
 
-    Each report and each evaluation is a row. A metric that is new in a row becomes a column, the last one.
+    A metric that is new in a row becomes a column, the last one.
     """
 
     COLUMNS = ("step", "seconds", "loss", "train_loss", "val_loss", "bits_per_byte",
@@ -722,35 +755,38 @@ class Log:
 
     def __init__(self, config: TrainConfig, state: State, process: Process):
         self.config, self.state, self.process = config, state, process
-        self.path, self.begun = config.path("log.csv"), False
+        self.path = config.path("log.csv")
         self.peak_flops = peak_flops(process.device, process.dtype)
         self.rows = self.kept_rows()
-        self.columns = [*dict.fromkeys((*self.COLUMNS, *(name for row in self.rows for name in row)))]
+        self.columns = list(dict.fromkeys([*self.COLUMNS, *(name for row in self.rows for name in row)]))
+        self.written = self.failed = False  # whether log.csv holds the rows; whether something could not be written
         self.start_clock()
         self.started = self.since - max((float(row["seconds"]) for row in self.rows), default=0)
-        if config.tensorboard:
+        self.val_loss = math.nan
+        self.tensorboard = None
+        if config.tensorboard and process.rank == 0 and not config.eval_only:
             from torch.utils.tensorboard import SummaryWriter
 
-            written_again = state.step + 1 if state.step else 0  # from this step on
-            self.open_writer = partial(SummaryWriter, config.out_dir, purge_step=written_again)
+            first_repeated = state.step + 1 if state.step else 0
+            self.tensorboard = SummaryWriter(config.out_dir, purge_step=first_repeated)
 
     def kept_rows(self) -> list[dict[str, object]]:
-        """The rows of log.csv up to the step that is resumed, without its evaluation, if that will be repeated, and
-        without damaged ones.
-        """
+        """The rows of log.csv that a resumed run does not repeat: up to its step, without an evaluation that is due."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         due, rows = evaluation_due(self.state.step, self.config), []
         for line in lines[1:]:
-            with suppress(ValueError, KeyError):
+            with suppress(ValueError, KeyError):  # leaves out a damaged row
                 row = dict(zip(lines[0].split(","), line.split(","), strict=True))
                 step, seconds = int(row["step"]), float(row["seconds"])
-                repeated = step == self.state.step and due and row["val_loss"]
-                if step <= self.state.step and seconds >= 0 and not repeated:
+                repeated = step > self.state.step or (step == self.state.step and due and row["val_loss"])
+                if seconds >= 0 and not repeated:
                     rows.append(row)
         return rows
 
     def start_clock(self) -> None:
-        self.since_step, self.since = self.state.step, time.perf_counter()
+        """Speed is measured from here on."""
+        self.since = time.perf_counter()
+        self.since_step = self.state.step
 
     def seconds(self) -> float:
         """Of the whole run: this start, and the earlier ones up to their last row in log.csv."""
@@ -761,64 +797,75 @@ class Log:
         memory = f" and at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory" if on_gpu else ""
         return f"{self.seconds():.0f} s{memory}"
 
-    def report(self, figures: Tensor) -> None:
-        """Wait for the device; write and show the metrics of the last step, its speed being the mean since the last
-        report or evaluation. Raises UserError where loss or gradient norm are not finite.
+    def report(self, metrics: dict[str, Tensor]) -> None:
+        """The metrics of the last step, and the mean speed since the last report or evaluation. Waits for the device.
+
+        Raises UserError where loss or gradient norm are not finite.
         """
         state, config = self.state, self.config
-        loss, grad_norm = (self.process.all_reduce(figures) / self.process.world_size).tolist()
-        # In float16 the scaler skips a step whose gradients overflow, and halves the scale: not for ever.
-        scale, in_float16 = state.scaler.get_scale(), state.scaler.is_enabled()
-        overflows = scale < 1 if in_float16 else not math.isfinite(grad_norm)
-        if overflows or not math.isfinite(loss):
-            scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
-            raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", state.step, config)
+        means = self.process.all_reduce(torch.stack(list(metrics.values()))) / self.process.world_size
+        metrics = dict(zip(metrics, means.tolist(), strict=True))
+        self.check_finite(metrics["loss"], metrics["grad_norm"])
         seconds = (time.perf_counter() - self.since) / (state.step - self.since_step)  # of a step
-        lr, speed = learning_rate(state.step - 1, config), config.batch_size * config.block_size / seconds
-        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+        speed = config.batch_size * config.block_size / seconds
+        metrics |= {"lr": learning_rate(state.step - 1, config), "tokens_per_second": speed}
         if self.peak_flops:
             metrics["mfu"] = state.model.flops_per_token() * speed / (self.peak_flops * self.process.world_size)
         self.write(metrics)
-        mfu = f"mfu {metrics['mfu']:.0%} | " if "mfu" in metrics else ""
-        eta = timedelta(seconds=round((config.max_iters - state.step) * seconds))
-        speed = f"{speed / 1e3:,.{int(speed < 1e4)}f}k tok/s"
-        text = f"step {state.step}/{config.max_iters} | loss {loss:.2f} | lr {lr:.1e} | grad {grad_norm:.2f} | "
-        progress.show(f"{text}{speed} | {mfu}eta {eta}")
+        self.show_report(metrics, eta=(config.max_iters - state.step) * seconds)
         self.start_clock()
 
-    def evaluation(self, losses: dict[str, float]) -> None:
-        """Write and show the metrics of an evaluation; its time is not that of training."""
-        self.val_loss = losses["val_loss"]
-        self.write(losses)
-        self.show(losses)
+    def check_finite(self, loss: float, grad_norm: float) -> None:
+        scale, in_float16 = self.state.scaler.get_scale(), self.state.scaler.is_enabled()
+        # In float16 the scaler skips a step whose gradients overflow, and halves the scale; below 1 that is hopeless.
+        overflows = scale < 1 if in_float16 else not math.isfinite(grad_norm)
+        if overflows or not math.isfinite(loss):
+            scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
+            raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", self.state.step, self.config)
+
+    def show_report(self, metrics: dict[str, float], eta: float) -> None:
+        line = [f"step {self.state.step}/{self.config.max_iters}", f"loss {metrics['loss']:.2f}"]
+        line += [f"lr {metrics['lr']:.1e}", f"grad {metrics['grad_norm']:.2f}"]
+        thousands = metrics["tokens_per_second"] / 1e3
+        line.append(f"{thousands:,.0f}k tok/s" if thousands >= 10 else f"{thousands:.1f}k tok/s")
+        if "mfu" in metrics:
+            line.append(f"mfu {metrics['mfu']:.0%}")
+        line.append(f"eta {timedelta(seconds=round(eta))}")
+        progress.show(" | ".join(line))
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """The metrics of an evaluation, whose time does not count as training."""
+        self.val_loss = metrics["val_loss"]
+        self.write(metrics)
+        self.show_evaluation(metrics)
         self.start_clock()
 
-    def show(self, losses: dict[str, float]) -> None:
-        bits = f", {losses['bits_per_byte']:.2f} bits per byte" if "bits_per_byte" in losses else ""
-        train_loss, val_loss = f"train loss {losses['train_loss']:.4f}", f"val loss {losses['val_loss']:.4f}"
-        show(f"step {self.state.step}: {train_loss}, {val_loss}{bits}")
+    def show_evaluation(self, metrics: dict[str, float]) -> None:
+        line = f"step {self.state.step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}"
+        if "bits_per_byte" in metrics:
+            line += f", {metrics['bits_per_byte']:.2f} bits per byte"
+        show(line)
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Process 0 writes the metrics of this step to log.csv and TensorBoard."""
+        """Process 0 adds the metrics of this step to the log."""
         if self.process.rank > 0:
             return
-        row = {"step": self.state.step, "seconds": round(self.seconds(), 3)}
-        self.write_row(row | {name: f"{value:.7g}" for name, value in metrics.items()})
-        if self.config.tensorboard:
-            if not self.begun:
-                self.writer = self.open_writer()
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, self.state.step)
-            self.writer.flush()
-        self.begun = True
+        for write in (self.add_row, self.add_points):
+            try:
+                write(metrics)
+            except OSError as error:  # a log that is full, or open in another program, must not end the run
+                self.written = False  # the next row tries again, with all before it
+                if not self.failed:
+                    show(f"cannot write the log ({error}): the run goes on")
+                self.failed = True
 
-    def write_row(self, row: dict[str, object]) -> None:
-        """Append the row to log.csv. The first one of a start, and one with a new metric, write the file anew: without
-        the rows of steps that are taken again, or with another column.
-        """
+    def add_row(self, metrics: dict[str, float]) -> None:
+        """Append a row to log.csv, or write it anew: at a start, for a new metric, and after a failure."""
+        row = {"step": self.state.step, "seconds": round(self.seconds(), 3)}
+        row |= {name: f"{value:.7g}" for name, value in metrics.items()}
         self.rows.append(row)
         new = [name for name in row if name not in self.columns]
-        if self.begun and not new:
+        if self.written and not new:
             with open(self.path, "a") as file:
                 file.write(self.line(row))
             return
@@ -826,6 +873,14 @@ class Log:
         header = {name: name for name in self.columns}
         with replacing(self.path) as file:
             file.write("".join(map(self.line, (header, *self.rows))).encode())
+        self.written = True
+
+    def add_points(self, metrics: dict[str, float]) -> None:
+        """Add a point to TensorBoard's curve of each metric."""
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, self.state.step)
+            self.tensorboard.flush()
 
     def line(self, row: dict[str, object]) -> str:
         return ",".join(str(row.get(name, "")) for name in self.columns) + "\n"

@@ -335,7 +335,7 @@ def test_out_of_memory_in_a_run_from_scratch_leaves_the_other_run_or_its_own(dat
 
 
 MOMENTS = ((os, "replace"), (Path, "unlink"), (train, "train_step"), (train, "mean_loss"), (train.Log, "write"),
-           (train.Log, "show"))  # fmt: skip
+           (train.Log, "show_evaluation"))  # fmt: skip
 
 
 def run_until(moment, **settings):

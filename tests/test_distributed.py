@@ -1,7 +1,9 @@
 """Real processes, started by torchrun or side by side, joined by gloo on loopback."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +124,75 @@ def test_recipes_run_in_two_processes(dataset, recipe):
 
 
 # Runs of one to four processes, all in one start
+
+
+ONE_OF_TWO = """
+import json
+import os
+import sys
+
+import torch
+
+import train
+from config import UserError
+
+found, top = {}, os.getcwd()
+for name, port, argv in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    os.chdir(f"{top}/{name}/{os.environ['RANK']}")
+    try:
+        train.main(argv)
+    except UserError as error:
+        found[name] = str(error)
+    torch.distributed.destroy_process_group()
+print(json.dumps(found))
+"""
+
+
+def test_machines_whose_files_or_commands_differ_do_not_train_together(dataset, folder):
+    """They would, with a loss that means nothing."""
+
+    def meta(**changes):
+        path = Path("data/shakespeare_char/meta.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def token(split, place):
+        ids = np.fromfile(f"data/shakespeare_char/{split}.bin", "<u2")
+        ids[place] ^= 1
+        ids.tofile(f"data/shakespeare_char/{split}.bin")
+
+    differences = {  # of the second machine: what is said of it
+        "source": (lambda: meta(source="elsewhere"), None),
+        "meta": (lambda: meta(val_bytes=5), "meta.json"),
+        "first": (lambda: token("train", 0), "data/shakespeare_char/train.bin"),
+        "last": (lambda: token("val", -1), "data/shakespeare_char/val.bin"),
+        "step": (lambda: train_here(max_iters=15), "step of out/ckpt.pt"),
+        "settings": (lambda: None, "settings"),
+    }
+    train_here(max_iters=10)
+    own = {0: [], 1: []}
+    for name, (differ, _) in differences.items():
+        port = free_port()
+        for rank, runs in own.items():
+            shutil.copytree("data", f"{name}/{rank}/data")
+            shutil.copytree("out", f"{name}/{rank}/out")
+            with contextlib.chdir(f"{name}/{rank}"):
+                if rank == 1:
+                    differ()
+            runs.append((name, port, tiny(learning_rate=1e-3 * (1 + (rank == 1 and name == "settings")))))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    with ExitStack() as both:
+        started = []
+        for rank, runs in own.items():
+            ranks = {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            argv = [sys.executable, "-c", ONE_OF_TWO, json.dumps(runs)]
+            started.append(both.enter_context(subprocess.Popen(argv, env=environment | ranks, stdout=subprocess.PIPE)))
+            both.callback(started[-1].kill)
+        ends = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    wrong = {name: what for name, (_, what) in differences.items() if what}
+    advice = "; all need the same command and the same files"
+    assert ends == [{name: f"not the same in every process: {what}{advice}" for name, what in wrong.items()}] * 2
+    assert checkpoint("source/0/out/ckpt.pt")["step"] == 20
 
 
 ONE_OF_FOUR = """if True:

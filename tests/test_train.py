@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -48,6 +49,11 @@ ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
 
 def config(**changes):
     return TrainConfig(**TINY | changes)
+
+
+def metrics(loss, grad_norm):
+    """What a step returns."""
+    return {"loss": torch.tensor(loss), "grad_norm": torch.tensor(grad_norm)}
 
 
 def tokens(split="train", **changes):
@@ -507,7 +513,7 @@ def step_loss(data, step=0, rank=0, world_size=2, **changes):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = train.State(model, Optimizer(model, settings), scaler, {}, step=step)
     state.model.no_sync = contextlib.nullcontext
-    return train.train_step(model, state, data, settings, process)[0].item()
+    return train.train_step(model, state, data, settings, process)["loss"].item()
 
 
 def test_dropout_of_a_step_depends_on_seed_step_rank_and_micro_batch(dataset):
@@ -600,20 +606,22 @@ def test_a_run_may_change_its_number_type(dataset):
 # Evaluation
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("n_tokens", [1999, 1600, 100, 15, 1])
-def test_evaluation_is_the_mean_over_every_token(dataset, n_tokens):
+def test_evaluation_is_the_mean_over_the_tokens_of_the_first_blocks_or_of_spread_ones(dataset, n_tokens, spread):
     torch.manual_seed(0)
     data = tokens("val")
     model = GPT(config(dropout=0.5).model_config(data.vocab_size))
     ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
     total = 0.0
     model.eval()
-    for start in range(0, n_tokens, 16):
-        end = min(start + 16, n_tokens)
+    for first in range(0, n_tokens, 16):
+        start = first * 1999 // n_tokens if spread else first
+        end = start + min(16, n_tokens - first)
         logits = model(ids[None, start:end])[0].detach()
         total -= logits.log_softmax(-1)[0, range(end - start), ids[start + 1 : end + 1]].sum().item()
     model.train()
-    assert mean_loss(model, data, n_tokens, config(), ALONE) == pytest.approx(total / n_tokens, rel=1e-5)
+    assert mean_loss(model, data, n_tokens, config(), ALONE, spread) == pytest.approx(total / n_tokens, rel=1e-5)
     assert model.training
 
 
@@ -638,6 +646,15 @@ def test_the_last_evaluation_of_a_run_is_of_the_whole_validation_split(dataset, 
     assert losses(capsys.readouterr().out)[20][1] == pytest.approx(
         mean_loss(model, data, 1999, config(), ALONE), abs=1e-4
     )
+
+
+def test_the_train_loss_is_of_the_whole_split_however_easy_its_beginning(dataset, capsys):
+    ids = np.fromfile(dataset / "train.bin", "<u2")
+    ids[: len(ids) // 4] = 0
+    ids.tofile(dataset / "train.bin")
+    train_here(eval_iters=2)
+    train_loss, val_loss = losses(capsys.readouterr().out)[20]
+    assert 0.6 * val_loss < train_loss < val_loss  # of the first tokens alone it would be near 0
 
 
 def test_eval_iters_reads_the_first_batches(dataset, capsys):
@@ -1030,11 +1047,11 @@ def test_an_infinite_gradient_stops_the_run_too(folder):
     log = train.Log(config(), state, ALONE)
     log.since_step = 4
     with pytest.raises(UserError, match="gradient norm inf at step 5"):
-        log.report(torch.tensor([1.0, math.inf]))
+        log.report(metrics(1.0, math.inf))
     assert not Path("out").exists()
     Path("out").mkdir()
     state.scaler = torch.amp.GradScaler("cpu", enabled=True)  # float16: the scaler has skipped that step
-    log.report(torch.tensor([1.0, math.inf]))
+    log.report(metrics(1.0, math.inf))
     assert reports()[-1]["grad_norm"] == "inf"
 
 
@@ -1046,17 +1063,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_whatever_the_gradient_and_the_s
     log.since_step = 4
     for figures in ([math.inf, 1.0], [math.nan, math.inf]):
         with pytest.raises(UserError, match=f"^loss is {figures[0]}, gradient norm {figures[1]} at step 5, "):
-            log.report(torch.tensor(figures))
+            log.report(metrics(*figures))
     assert not Path("out").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(dataset, monkeypatch):
     def poisoned(model, state, *rest, original=train.train_step):
-        figures = original(model, state, *rest)
+        metrics = original(model, state, *rest)
         if state.step == 19:  # the last update: no later loss would show it
             with torch.no_grad():
                 next(model.parameters()).fill_(math.nan)
-        return figures
+        return metrics
 
     monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(UserError, match="weights are not finite at step 20"):
@@ -1107,6 +1124,43 @@ def test_the_console_and_the_log_show_the_same_run(dataset, capsys, always_due):
         for row in found:
             assert {name for name in row if row[name]} == {"step", "seconds", *names}
     assert losses("\n".join(lines))[20][1] == pytest.approx(float(rows()[-1]["val_loss"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_log_that_cannot_be_written_costs_no_step_and_no_row(dataset, monkeypatch, capsys, tensorboard):
+    """On Windows, Excel keeps others from writing a file that it shows. Here a folder is in the way for some steps."""
+
+    def step(model, state, *rest, original=train.train_step):
+        if state.step == 3:
+            Path("out/log.csv").rename("aside")
+            Path("out/log.csv").mkdir()
+        if state.step == 17:
+            Path("out/log.csv").rmdir()
+        return original(model, state, *rest)
+
+    train_here(out_dir="whole")
+    monkeypatch.setattr(train, "train_step", step)
+    train_here(tensorboard=tensorboard)
+    assert [row | {"seconds": "", "tokens_per_second": ""} for row in rows()] == [
+        row | {"seconds": "", "tokens_per_second": ""} for row in rows("whole/log.csv")
+    ]
+    assert same(checkpoint()["model"], checkpoint("whole/ckpt.pt")["model"])
+    [line] = re.findall("cannot write.*", capsys.readouterr().out)
+    assert "out/log.csv" in line
+    if tensorboard:
+        assert [*events()["val_loss"]] == [0, 10, 20]
+
+
+def test_curves_that_cannot_be_written_cost_no_row(dataset, monkeypatch, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fails(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fails)
+    train_here(tensorboard=True)
+    assert [row["step"] for row in rows()] == ["0", "1", "5", "10", "10", "15", "20", "20"]
+    assert capsys.readouterr().out.count("Disk quota exceeded") == 1
 
 
 def test_torn_and_damaged_rows_of_the_log_are_dropped(dataset):
@@ -1258,7 +1312,7 @@ def test_mfu_is_shown_where_the_peak_of_the_device_is_known(
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     log = train.Log(settings, train.State(GPT(settings.model_config(5)), None, scaler, {}), process)
     log.state.step = 1
-    log.report(torch.tensor([2.0, 1.0]))
+    log.report(metrics(2.0, 1.0))
     [row] = rows()
     assert peak_flops(process.device, process.dtype) == peak
     assert ("| mfu " in capsys.readouterr().err) == (peak is not None)
@@ -1350,15 +1404,6 @@ def test_best_is_not_the_model_before_its_first_step(dataset, monkeypatch):
     train_here(learning_rate=1, max_iters=10)
     assert float(rows()[0]["val_loss"]) < float(rows()[-1]["val_loss"])
     assert checkpoint("out/best.pt")["step"] == 10
-
-
-def test_machines_that_see_different_checkpoints_are_refused(dataset, monkeypatch):
-    train_here()
-    monkeypatch.setattr(Process, "max_over_processes", lambda self, number: 21 if number == 20 else number)
-    with pytest.raises(
-        UserError, match=r"^out/ckpt.pt is not the same on every machine: all must see the same folder$"
-    ):
-        train_here(max_iters=30)
 
 
 def test_flops_are_six_a_weight_and_twelve_t_c_an_attention():
@@ -1695,7 +1740,7 @@ def test_an_optimizer_of_torch_trains_at_the_scheduled_rate_and_resumes_exactly(
 def test_the_state_of_another_optimizer_is_refused(dataset, monkeypatch):
     """torch's AdamW would take Adagrad's, and fail in its first step."""
     train_here(max_iters=10)
-    refused = r"^out/ckpt.pt has no optimizer state that fits {}: use --init_from=out/ckpt.pt and another --out_dir$"
+    refused = r"optimizer_class '\w+' -> '{}'\); take another --out_dir, where --init_from=out/ckpt.pt fine-"
     adagrad(monkeypatch, [])
     with pytest.raises(ConfigError, match=refused.format("Adagrad")):
         train_here()
@@ -1711,10 +1756,13 @@ def test_a_metric_in_the_row_is_a_column_and_older_rows_stay(dataset, monkeypatc
     *before, _ = rows()  # the evaluation of step 10 is repeated
     with monkeypatch.context() as changed:
         changed.setattr(train, "evaluate", lambda *given, f=train.evaluate: f(*given) | {"accuracy": 0.5})
+        extra = {"z_loss": torch.tensor(0.25)}  # of a step, a tensor on the device
+        changed.setattr(train, "train_step", lambda *given, f=train.train_step: f(*given) | extra)
         train_here()
-    assert Path("out/log.csv").read_text().startswith(",".join(train.Log.COLUMNS) + ",accuracy\n")
-    assert rows()[: len(before)] == [row | {"accuracy": ""} for row in before]
+    assert Path("out/log.csv").read_text().startswith(",".join(train.Log.COLUMNS) + ",accuracy,z_loss\n")
+    assert rows()[: len(before)] == [row | {"accuracy": "", "z_loss": ""} for row in before]
     assert [row["step"] for row in rows() if row["accuracy"] == "0.5"] == ["10", "20"]
+    assert [row["step"] for row in rows() if row["z_loss"] == "0.25"] == ["15", "20"]
     *before, _ = rows()
     train_here(max_iters=30)  # without it
     assert rows()[: len(before)] == before
