@@ -29,7 +29,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import ConfigError, UserError, explained, key, progress, read, run, show, typed
+from config import ConfigError, UserError, explained, flag, key, progress, read, run, show
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -448,7 +448,7 @@ def checkpoint_tokenizer(checkpoint: dict, source: str | Path) -> dict:
     facts = load_meta(dataset) if path.exists() else GPT2_FACTS
     if facts["vocab_size"] != vocab_size:
         problem = f"{path} has {facts['vocab_size']}" if path.exists() else f"{path} is missing"
-        way = f"python prepare.py {typed('dataset', dataset)} --input=FILE makes it from the text it was trained on"
+        way = f"python prepare.py {flag('dataset', dataset)} --input=FILE makes it from the text it was trained on"
         raise UserError(f"the checkpoint {source} of nanoGPT has {vocab_size} tokens, but {problem}: {way}")
     return {name: facts[name] for name in TOKENIZER_FACTS if name in facts}
 

@@ -35,8 +35,8 @@ from torch.optim.adamw import adamw as adamw_step
 
 # isort: off
 from config import (
-    ConfigError, StopSignals, UserError, as_config_error, convert, explained, key, progress, rank_and_size, read, run,
-    show, typed,
+    ConfigError, StopSignals, UserError, as_config_error, convert, explained, flag, key, progress, rank_and_size, read,
+    run, show,
 )  # fmt: skip
 from model import (
     GPT, MODELS, GPTConfig, LanguageModel, checkpoint_in, choose_device, open_model, peak_flops, training_dtype,
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int | None:
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes")
         return 128 + stop
     best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}, last {log.val_loss:.4f}"
-    show(f"{best}, after {log.cost()}; try python sample.py {typed('out_dir', config.out_dir)}")
+    show(f"{best}, after {log.cost()}; try python sample.py {flag('out_dir', config.out_dir)}")
 
 
 def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig, process: Process) -> int:
@@ -419,7 +419,7 @@ def find_source(config: TrainConfig) -> Source | None:
     if config.init_from == "scratch":
         return None
     if best.exists():
-        begin = f"start from it with {typed('init_from', best)} and another --out_dir"
+        begin = f"start from it with {flag('init_from', best)} and another --out_dir"
         raise ConfigError(f"there is {best} but no {path}: {begin}, or overwrite it with --init_from=scratch")
     if config.init_from == "resume":
         raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
@@ -479,9 +479,9 @@ def refuse_another(source: Source, meta: dict) -> None:
     if not different:
         return
     if source.resuming:
-        advice = f"take another --out_dir, where {typed('init_from', source.path)} fine-tunes these weights"
+        advice = f"take another --out_dir, where {flag('init_from', source.path)} fine-tunes these weights"
     else:
-        tokens = f"python prepare.py --dataset=NAME --input=FILE {typed('tokenizer', source.path)}"
+        tokens = f"python prepare.py --dataset=NAME --input=FILE {flag('tokenizer', source.path)}"
         advice = f"leave out keys of the shape; {tokens} makes tokens that fit"
     what = f"another model or text or optimizer than asked for ({', '.join(different)})"
     raise ConfigError(f"{source.path} holds {what}; {advice}")
@@ -500,11 +500,11 @@ def resume(state: State, source: Source, config: TrainConfig) -> None:
     optimizer = type(state.optimizer).__name__
     with explained(f"cannot open {source.path}", "; restore a copy, or name another one"):
         if source.checkpoint.get("optimizer", {}).get("class") != optimizer:
-            advice = f"use {typed('init_from', source.path)} and another --out_dir"
+            advice = f"use {flag('init_from', source.path)} and another --out_dir"
             raise ConfigError(f"{source.path} has no optimizer state that fits {optimizer}: {advice}")
         state.restore(source.checkpoint)
     if state.step > config.max_iters and not config.eval_only:
-        past = f"{source.path} is at step {state.step}, past {typed('max_iters', config.max_iters)}"
+        past = f"{source.path} is at step {state.step}, past {flag('max_iters', config.max_iters)}"
         raise ConfigError(f"{past}: raise it, or take another --out_dir")
     changed = f"; changed since: {', '.join(source.changed.values())}" if source.changed else ""
     followed = f"; as in the checkpoint: {', '.join(source.followed)}" if source.followed else ""

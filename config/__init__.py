@@ -185,7 +185,7 @@ def no_recipe(schema: type, word: str) -> ConfigError:
     known += [f"--{field.name}" for field in dataclasses.fields(schema)]
     hint = did_you_mean(word, known)
     if "input" in schema.__dataclass_fields__ and Path(word).exists():  # prepare.py mine.txt
-        hint = f", did you mean {typed('dataset', Path(word).stem)} {typed('input', word)}?"
+        hint = f", did you mean {flag('dataset', Path(word).stem)} {flag('input', word)}?"
     if word.endswith(".py"):
         return ConfigError(f"there is no recipe {word}{hint}")
     return ConfigError(f"{word} is neither --key=value nor a recipe (NAME.py){hint}")
@@ -202,8 +202,8 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
-def typed(name: str, value: object) -> str:
-    """--name=value, as one can type or paste it in a shell."""
+def flag(name: str, value: object) -> str:
+    """--name=value, quoted so that it can be pasted into a shell."""
     return f"--{name}={shlex.quote(str(value))}"
 
 
