@@ -1,14 +1,14 @@
 """Turn a text into tokens: data/<dataset>/{input.txt,train.bin,val.bin,meta.json}, and read them back.
 
-Read `tokenize` for the way of a text, as in the lecture: `count_characters` is sorted(set(text)), `CharTokenizer` has
-stoi and itos, the first 90 % are for training. What it calls stands below it. All work in pieces, so that memory does
-not grow with the text; this file knows nothing of models.
+Start at `tokenize`, which does what the lecture does: the sorted set of the text's characters (`count_characters`),
+stoi and itos (`CharTokenizer`), the first 90 % for training and the rest for validation. What it calls stands below
+it. A text is read in pieces, so one of any size takes little memory. Nothing here knows about models.
 
     python prepare.py                                     Tiny Shakespeare
     python prepare.py --dataset=mine --input=mine.txt     any UTF-8 text
     python prepare.py --dataset=stdlib_char               the source of Python's standard library: no network needed
     python prepare.py --dataset=mine --input=mine.txt --tokenizer=bpe --vocab_size=512     tokens, not characters
-    python prepare.py --dataset=fineweb --shards=10       a billion of GPT-2's tokens of web pages
+    python prepare.py --dataset=fineweb --shards=10       a billion tokens of web pages, in GPT-2's vocabulary
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import ConfigError, UserError, explained, key, progress, read, run, show, typed
+from config import ConfigError, UserError, explained, flag, key, progress, read, run, show
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TOKEN = np.dtype("<u2")  # a .bin is a row of these: little-endian uint16, the layout that nanoGPT uses too
+TOKEN = np.dtype("<u2")  # train.bin and val.bin hold only token ids: little-endian uint16, as in nanoGPT
 MAX_VOCAB_SIZE = 2**16
-END = "<|endoftext|>"  # what GPT-2's tokenizer has between two texts
+END = "<|endoftext|>"  # GPT-2's token between two texts
 GPT2_FACTS = {"tokenizer": "gpt2", "vocab_size": 50257}
-TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # of meta.json; a checkpoint has them, too
-PIECE = 2**20  # characters of text, or bytes of a download, in memory at a time
-LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
-TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
-LONG = 2**24  # bytes that take more than a moment, so that their progress is shown
-# FineWeb's sample of 10 billion tokens (Penedo et al., 2024; ODC-By 1.0), in GPT-2's tokens, on the Hugging Face hub:
-# shards of 100 million uint16, each after a header of 256 int32: this number, the version 1, how many tokens, zeros.
+TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json and a checkpoint say of a tokenizer
+PIECE = 2**20  # how much is read at once: characters of a text, bytes of a download
+LEARN_FROM = 2**26  # a BPE is learned from at most so many bytes of the text
+TIMEOUT = (10, 30)  # of a download, in seconds: to connect, and between two pieces of data
+LONG = 2**24  # bytes of a file from which reading and downloading it show progress
+# FineWeb's sample of 10 billion tokens (Penedo et al., 2024; ODC-By 1.0), in GPT-2's tokens, on the Hugging Face hub.
+# Each shard is a header of 256 int32 (SHARD_MAGIC, the version 1, the number of tokens, zeros) and 100 million uint16.
 FINEWEB, SHARDS, SHARD_MAGIC, SHARD_HEADER = "kjj0/fineweb10B-gpt2", 103, 20240520, 1024
 
 
@@ -69,7 +69,7 @@ class PrepareConfig:
     shards: int | None = key(None, "of fineweb, each of 100 million tokens, 200 MB; None: all", least=1, most=SHARDS)
 
     def __post_init__(self):
-        dataset_folder(self.dataset)
+        dataset_folder(self.dataset)  # raises for a bad name
         if self.tokenizer == "auto":
             self.tokenizer = "gpt2" if self.dataset.endswith("_gpt2") else "char"
 
@@ -78,16 +78,16 @@ def main(argv: list[str]) -> None:
     config = read(PrepareConfig, argv)
     given, fineweb, bpe = config.given, config.dataset == "fineweb", config.tokenizer == "bpe"
     unnamed = given & {"input", "url"} and "dataset" not in given
-    mistakes = {
-        "give --input or --url, not both: a dataset is one text": given >= {"input", "url"},
-        f"a text of your own needs a name, --dataset=NAME: {config.dataset} is Tiny Shakespeare": unnamed,
-        "fineweb is ready made: only --shards can be chosen": fineweb and given - {"dataset", "shards"},
-        f"shards needs --dataset=fineweb, found {config.dataset}": "shards" in given and not fineweb,
-        f"vocab_size needs --tokenizer=bpe, found {config.tokenizer}": "vocab_size" in given and not bpe,
-    }
-    for mistake, made in mistakes.items():
+    mistakes = [
+        (given >= {"input", "url"}, "give --input or --url, not both: a dataset is one text"),
+        (unnamed, f"a text of your own needs a name, --dataset=NAME: {config.dataset} is Tiny Shakespeare"),
+        (fineweb and given - {"dataset", "shards"}, "fineweb is ready made: only --shards can be chosen"),
+        ("shards" in given and not fineweb, f"shards needs --dataset=fineweb, found {config.dataset}"),
+        ("vocab_size" in given and not bpe, f"vocab_size needs --tokenizer=bpe, found {config.tokenizer}"),
+    ]
+    for made, message in mistakes:
         if made:
-            raise ConfigError(mistake)
+            raise ConfigError(message)
     prepare(config)
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
 def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
     """Write the dataset; unless `overwrite`, leave a complete one alone.
 
-    Another process that prepares the same dataset waits. meta.json comes last: a folder that has one is complete.
+    meta.json is written last: a folder that has one is complete. A second process that prepares the same dataset waits.
     """
     folder = dataset_folder(config.dataset)
     with locked(folder / "lock", wait=True):
@@ -111,78 +111,86 @@ def prepare(config: PrepareConfig, overwrite: bool = True) -> None:
 
 
 def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Characters become ids, the first 90 % for training, the rest for validation; returns what meta.json says of them.
+    """Write input.txt, train.bin and val.bin; return what meta.json says of them.
 
-    The text is split, not the tokens: all tokenizers hold back the same text, so their bits per byte are comparable.
+    The text is split, not the tokens: every tokenizer has the same text for validation, so that bits per byte compare.
     """
-    made_for_the_text = config.tokenizer in ("char", "bpe")
-    tokenizer = None if made_for_the_text else given_tokenizer(config.tokenizer)  # before a download, which may be long
+    if config.tokenizer not in ("char", "bpe"):  # those are made from the text, below
+        tokenizer = given_tokenizer(config.tokenizer)  # if it fails, then before a long download
     text = find_text(config, folder / "input.txt")
-    counts = count_characters(text)  # {character: how often}, in the order of the code points
+    counts = count_characters(text)
     if config.tokenizer == "char":
         tokenizer = CharTokenizer("".join(counts))
     elif config.tokenizer == "bpe":
         tokenizer = learned_bpe(text, config.vocab_size or 512)
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(f"{tokenizer.vocab_size:,} different tokens: uint16 can tell {MAX_VOCAB_SIZE:,} apart")
-    unknown = unknown_characters(text, counts, tokenizer, config.drop_unknown)
-    dropped = str.maketrans("", "", unknown)
+    unknown = unknown_characters(text, counts, tokenizer, config.drop_unknown)  # usually none
+    n_chars = sum(counts.values()) - sum(counts[char] for char in unknown)
+    n_train = int(n_chars * (1 - config.val_fraction))
 
-    n = sum(counts.values()) - sum(counts[char] for char in unknown)  # characters
-    n_train = int(n * (1 - config.val_fraction))
-    done, sizes, digest = 0, {"train_tokens": 0, "val_tokens": 0, "val_bytes": 0}, hashlib.sha256()
-    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
+    n_read, train_tokens, val_tokens, val_bytes = 0, 0, 0, 0  # n_read: characters
+    sha256 = hashlib.sha256()
+    with replacing(folder / "train.bin") as train_bin, replacing(folder / "val.bin") as val_bin:
         for piece in text:
-            piece = piece.translate(dropped) if unknown else piece
-            border = max(0, n_train - done)  # of training and validation in this piece; beyond its end: all training
-            for split, file, share in (("train", train, piece[:border]), ("val", val, piece[border:])):
-                ids = tokenizer.encode(share)
-                # Some tokenizers drop the very first space.
-                if config.tokenizer != "char" and tokenizer.decode(ids).lstrip(" ") != share.lstrip(" "):
-                    raise UserError(f"{text.path} cannot be written in these tokens: decoding them does not return it")
-                file.write(ids)  # an array's bytes, uint16
-                sizes[f"{split}_tokens"] += len(ids)
-            done += len(piece)
-            sizes["val_bytes"] += len(piece[border:].encode())
-            digest.update(piece.encode())  # without what was dropped
-        if not all(sizes.values()):
+            if unknown:
+                piece = piece.translate(str.maketrans("", "", unknown))
+            split = max(0, n_train - n_read)  # where validation begins in this piece; past its end, all is training
+            train, val = piece[:split], piece[split:]
+            train_tokens += write_tokens(train, tokenizer, train_bin, text.path)
+            val_tokens += write_tokens(val, tokenizer, val_bin, text.path)
+            val_bytes += len(val.encode())
+            n_read += len(piece)
+            sha256.update(piece.encode())
+        if not train_tokens or not val_tokens:
             raise UserError(f"{text.path} is too short for --val_fraction={config.val_fraction}: a split has no token")
-        for file in (train, val):
-            flush_to_disk(file)  # a full disk shows here, before anything is replaced
-        # Now input.txt takes its name, meta.json goes, val.bin and train.bin take theirs as the block ends, and
-        # `prepare` writes the new meta.json: never does one stand beside tokens that it does not mean. Killed in
-        # between, the folder has none, so it is not complete: the same command makes it again.
+        # Up to here the tokens are in temporary files: an error or a kill leaves the old ones in place. Now the order
+        # matters: replace input.txt, remove the old meta.json, replace val.bin and train.bin (where this block ends),
+        # write the new meta.json (in `prepare`). So meta.json never describes other tokens than those beside it. A kill
+        # in between may leave the folder without one; then the same command makes the dataset again.
+        for file in (train_bin, val_bin):
+            flush_to_disk(file)  # a full disk shows now, while the old files are still there
         if config.input:
-            with replacing(folder / "input.txt") as file:
-                file.writelines(piece.encode() for piece in text)
+            with replacing(folder / "input.txt") as input_txt:
+                input_txt.writelines(piece.encode() for piece in text)
         (folder / "meta.json").unlink(missing_ok=True)
-    return tokenizer.facts | sizes | {"source": text.source, "sha256": digest.hexdigest()}
+    sizes = {"train_tokens": train_tokens, "val_tokens": val_tokens, "val_bytes": val_bytes}
+    return tokenizer.facts | sizes | {"source": text.source, "sha256": sha256.hexdigest()}
+
+
+def write_tokens(text: str, tokenizer: "Tokenizer", file: IO[bytes], path: Path) -> int:
+    """Append the tokens of `text`, a part of `path`, to `file`; return how many. Raises UserError if text is lost."""
+    ids = tokenizer.encode(text)
+    # A character tokenizer loses nothing. That some others drop the very first space is accepted.
+    if not isinstance(tokenizer, CharTokenizer) and tokenizer.decode(ids).lstrip(" ") != text.lstrip(" "):
+        raise UserError(f"{path} cannot be written in these tokens: decoding them does not return it")
+    file.write(ids)  # the bytes of the array, uint16
+    return len(ids)
 
 
 def count_characters(text: "Text") -> dict[str, int]:
-    """How often each character occurs; the keys are the lecture's sorted(set(text)). Raises UserError for no UTF-8."""
-    counts = np.zeros(sys.maxunicode + 1, np.int64)
+    """{character: how often it occurs}; the keys are the lecture's sorted(set(text)). Raises UserError for no UTF-8."""
+    counts = np.zeros(sys.maxunicode + 1, np.int64)  # by code point, the number of a character in Unicode
     for piece in text:
         found = np.bincount(code_points(piece))
         counts[: len(found)] += found
-    if counts[0] > max(100, counts.sum() / 50):  # UTF-16 of English is valid UTF-8, every second character of it NUL
+    if counts[0] > max(100, counts.sum() / 50):  # English in UTF-16 is valid UTF-8, with a NUL at every second place
         raise not_utf8(text.path, f"{counts[0]:,} of its {counts.sum():,} characters are NUL")
     return {chr(point): int(counts[point]) for point in np.flatnonzero(counts)}
 
 
 def unknown_characters(text: "Text", counts: dict[str, int], tokenizer: "Tokenizer", drop: bool) -> str:
-    """The characters of the text that the tokenizer lacks. Raises UserError for any, unless they are to be dropped."""
-    known = tokenizer.facts.get("chars", counts)  # one of larger tokens has some for every character
-    often = sorted(counts.keys() - {*known}, key=lambda char: (-counts[char], char))
-    if not often:
-        return ""
-    lacking = f"{text.path} has characters that the vocabulary lacks: "
-    lacking += ", ".join(f"{char!r} ({counts[char]:,})" for char in often[:8])
-    lacking += f" and {len(often) - 8} more" if len(often) > 8 else ""
-    if not drop:
-        raise UserError(f"{lacking}; --drop_unknown leaves them out")
-    show(f"{lacking}; left out")
-    return "".join(often)
+    """The characters of the text that the tokenizer lacks. Raises UserError if there are any, unless `drop`."""
+    known = tokenizer.facts.get("chars", counts)  # only a character tokenizer lacks some
+    unknown = sorted(counts.keys() - {*known}, key=lambda char: (-counts[char], char))  # the most frequent first
+    if unknown:
+        named = ", ".join(f"{char!r} ({counts[char]:,})" for char in unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        problem = f"{text.path} has characters that the vocabulary lacks: {named}{more}"
+        if not drop:
+            raise UserError(f"{problem}; --drop_unknown leaves them out")
+        show(f"{problem}; left out")
+    return "".join(unknown)
 
 
 def prepared(dataset: str) -> dict:
@@ -192,7 +200,7 @@ def prepared(dataset: str) -> dict:
         prepare(PrepareConfig(dataset=dataset), overwrite=False)
     elif text.exists() and text.stat().st_mtime > meta.stat().st_mtime + 60:
         # Not at once, for the files of a copied folder may get their times in any order.
-        again = f"python prepare.py {typed('dataset', dataset)} {typed('tokenizer', meta)}"
+        again = f"python prepare.py {flag('dataset', dataset)} {flag('tokenizer', meta)}"
         show(f"{text} is newer than its tokens, which do not follow it: {again} prepares it again")
     return load_meta(dataset)
 
@@ -206,16 +214,17 @@ def dataset_folder(dataset: str) -> Path:
 
 # The text
 
-PART = 2**14  # characters that one thread encodes at a time
-# Texts are divided where a word ends, before a space: the tokens of the parts are those of the whole.
+# `SubwordTokenizer` encodes a text in parts, one on each core at a time. A part ends after a word and before a space.
+# A token ends there, too, so the parts together have the same tokens as the whole text.
+PART = 2**14  # characters in a part, at most
 WORD_END = r"(?<=[^\W_])(?= )"
-PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")
+PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")  # where no word ends, a part ends anywhere
 
 
 class Text:
-    """A UTF-8 file, or the .txt files of a folder in the order of their names; iterating over it yields pieces.
+    """A UTF-8 file, or the .txt files of a folder in the order of their names. Iterate over it, once or again: pieces.
 
-    source: where it came from. between: what stands between two files.
+    source: where the text came from. between: what is put between two files.
     """
 
     def __init__(self, path: Path, source: str, between: str = "\n"):
@@ -230,18 +239,18 @@ class Text:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """Yield the file's text piece by piece, each up to where a word ends. Raises UserError if it is not UTF-8."""
-    text, n_bytes = "", path.stat().st_size
+    """Yield the file's text piece by piece, each up to the end of a word. Raises UserError if it is not UTF-8."""
+    rest, n_bytes = "", path.stat().st_size
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             while more := file.read(PIECE):
                 show_bytes(f"reading {path}", file.buffer.tell(), n_bytes)
-                *parts, text = PARTS.findall(text + more)
-                yield "".join(parts)  # the last part waits: its word may go on
+                *parts, rest = PARTS.findall(rest + more)
+                yield "".join(parts)  # the rest may end within a word, so it waits for what is read next
         except UnicodeDecodeError as error:
             at = file.buffer.tell() - len(error.object) + error.start
             raise not_utf8(path, f"byte {at:,} is {error.object[error.start]:#x}") from None
-    yield text
+    yield rest
 
 
 def not_utf8(path: object, found: str) -> UserError:
@@ -250,7 +259,7 @@ def not_utf8(path: object, found: str) -> UserError:
 
 
 def find_text(config: PrepareConfig, path: Path) -> Text:
-    """The text, by default that of the file `path`, downloaded where needed."""
+    """The text of --input or --url, else the dataset's own, `path`; two known ones are made where they are missing."""
     if config.input:
         text = Text(Path(config.input), config.input, END if config.tokenizer == "gpt2" else "\n")
         if not text.files:
@@ -276,19 +285,20 @@ def find_text(config: PrepareConfig, path: Path) -> Text:
 
 
 def download(url: str, path: Path, advice: str = "", sha256: str | None = None) -> None:
-    """Download `url` to `path`. Overload and broken connections are tried again; raises UserError when all fails."""
-    import requests  # a tenth of a second, which only a download should cost
+    """Download `url` to `path`; try again after a broken connection or an overload. Raises UserError when all fails."""
+    import requests  # takes 0.1 s, and most runs download nothing
 
     show(f"downloading {url}")
     for pause in (0, 1, 2, 4):  # seconds
         time.sleep(pause)
         try:
             with requests.get(url, stream=True, timeout=TIMEOUT) as response:
-                if response.ok:
-                    return save(response, path, sha256)
-                problem = f"the server answered {response.status_code} {response.reason}"
-                if response.status_code < 500 and response.status_code != 429:
-                    break
+                response.raise_for_status()
+                return save(response, path, sha256)
+        except requests.HTTPError:  # raised by raise_for_status
+            problem = f"the server answered {response.status_code} {response.reason}"
+            if response.status_code < 500 and response.status_code != 429:  # 429: too many requests
+                break
         except ValueError as error:  # a wrong address, or wrong content
             problem = str(error)
             break
@@ -316,7 +326,7 @@ def show_bytes(what: str, done: int, total: int) -> None:
 
 
 def collect_stdlib(path: Path) -> str:
-    """Write the ASCII sources of the running interpreter's standard library, in the order of their names."""
+    """Write the standard library's Python files, those that are ASCII, one after another; return the text's source."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     with replacing(path) as file:
@@ -330,33 +340,35 @@ def collect_stdlib(path: Path) -> str:
 
 
 def code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), "<u4")  # refuses lone surrogates, which are no characters
+    """[ord(char) for char in text], but fast."""
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")  # raises for surrogates, which are no characters
 
 
 class CharTokenizer:
-    """Every character is a token: the lecture's stoi and itos, as tables by code point, which numpy reads at once."""
+    """Every character is a token: the lecture's stoi and itos, as arrays, in which numpy looks up many at once."""
 
-    end = None  # no token ends a text
+    end = None  # it has no token for the end of a text
 
     def __init__(self, chars: str):
         self.vocab_size = len(chars)
         self.facts = {"tokenizer": "char", "vocab_size": self.vocab_size, "chars": chars}  # for meta.json
         self.itos = code_points(chars)
-        self.stoi = np.full(sys.maxunicode + 1, -1, np.int32)  # the id of each code point, -1 for none
+        self.stoi = np.full(sys.maxunicode + 1, -1, np.int32)  # code point -> id, or -1
         self.stoi[self.itos] = np.arange(self.vocab_size)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (uint16). Raises ValueError that names the first character outside the vocabulary."""
         ids = self.stoi[code_points(text)]
-        if ids.min(initial=0) < 0:  # argmin: the first of them
-            raise ValueError(f"character {text[ids.argmin()]!r} at position {ids.argmin()} is not in the vocabulary")
+        if ids.min(initial=0) < 0:
+            first = ids.argmin()
+            raise ValueError(f"character {text[first]!r} at position {first} is not in the vocabulary")
         return ids.astype(TOKEN)
 
     def decode(self, ids: np.ndarray) -> str:
         return self.itos[ids].tobytes().decode("utf-32-le")
 
     def to_library(self) -> Any:
-        """The same as a Tokenizer of Hugging Face's library `tokenizers`."""
+        """The same tokenizer, as an object of Hugging Face's library `tokenizers`."""
         import tokenizers
 
         stoi = {char: id for id, char in enumerate(self.facts["chars"])}
@@ -401,9 +413,9 @@ Tokenizer = CharTokenizer | SubwordTokenizer
 
 
 def learned_bpe(text: Text, vocab_size: int) -> SubwordTokenizer:
-    """Byte-pair encoding of the text (Sennrich et al., 2016), from single bytes up as in GPT-2, so of any text.
+    """Byte-pair encoding (Sennrich et al., 2016) learned from the text. It starts from bytes, as GPT-2's does.
 
-    Of a long text it reads pieces at equal distances, for it keeps every different word in memory.
+    The library keeps every different word in memory, so a long text is sampled: every k-th piece of it is read.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -411,12 +423,16 @@ def learned_bpe(text: Text, vocab_size: int) -> SubwordTokenizer:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     settings = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    settings["max_token_length"] = 32  # bytes; in a text without spaces, tokens would otherwise be whole passages
+    settings["max_token_length"] = 32  # bytes; else, in a text without spaces, a token could be a whole passage
     n_bytes = sum(file.stat().st_size for file in text.files)
-    pieces = itertools.islice(text, 0, None, 1 + n_bytes // LEARN_FROM)
-    parts = (part for piece in pieces for part in PARTS.findall(piece))  # small, for it collects 256 of them
+    every_kth_piece = itertools.islice(text, 0, None, 1 + n_bytes // LEARN_FROM)
+    parts = (part for piece in every_kth_piece for part in PARTS.findall(piece))  # the library holds 256 at a time
     library.train_from_iterator(parts, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
     return SubwordTokenizer("bpe", library.to_str())
+
+
+# A tokenizer is stored as its facts (TOKENIZER_FACTS), in meta.json and in a checkpoint. `tokenizer_facts` finds them
+# in a file, `checkpoint_tokenizer` in an opened checkpoint; `tokenizer_of` makes the tokenizer from them.
 
 
 def given_tokenizer(name: str) -> Tokenizer:
@@ -426,7 +442,7 @@ def given_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_facts(path: Path) -> dict:
-    """What a checkpoint, a tokenizer.json, the folder of one, or a meta.json says. Raises ConfigError for none."""
+    """The facts in a checkpoint, a tokenizer.json, a folder with one of them, or a meta.json. Raises ConfigError."""
     files = [file for file in (path, path / "best.pt", path / "ckpt.pt", path / "tokenizer.json") if file.is_file()]
     if not files or files[0].suffix not in (".pt", ".json"):
         ways = "char, bpe, gpt2, a tokenizer.json, its folder or a meta.json, or a checkpoint"
@@ -441,19 +457,19 @@ def tokenizer_facts(path: Path) -> dict:
 
 
 def checkpoint_tokenizer(checkpoint: dict, source: str | Path) -> dict:
-    """What a checkpoint, of the file `source`, says of its tokens; nanoGPT's is one of GPT-2's or of a meta.json.
+    """The facts in a checkpoint that was read from the file `source`. Raises KeyError for what is no checkpoint.
 
-    Raises UserError where that has another number of tokens, and KeyError for what is no checkpoint.
+    nanoGPT's has none: they are GPT-2's, or in its dataset's meta.json. Raises UserError if the vocab_size differs.
     """
     if "tokenizer" in checkpoint:
         return checkpoint["tokenizer"]
     dataset, vocab_size = checkpoint["config"]["dataset"], checkpoint["model_args"]["vocab_size"]
-    vocab_size = GPT2_FACTS["vocab_size"] if vocab_size == 50304 else vocab_size  # rounded up for speed
+    vocab_size = GPT2_FACTS["vocab_size"] if vocab_size == 50304 else vocab_size  # nanoGPT rounds it up, for speed
     path = dataset_folder(dataset) / "meta.json"
     facts = load_meta(dataset) if path.exists() else GPT2_FACTS
     if facts["vocab_size"] != vocab_size:
         problem = f"{path} has {facts['vocab_size']}" if path.exists() else f"{path} is missing"
-        way = f"python prepare.py {typed('dataset', dataset)} --input=FILE makes it from the text it was trained on"
+        way = f"python prepare.py {flag('dataset', dataset)} --input=FILE makes it from the text it was trained on"
         raise UserError(f"the checkpoint {source} of nanoGPT has {vocab_size} tokens, but {problem}: {way}")
     return {name: facts[name] for name in TOKENIZER_FACTS if name in facts}
 
@@ -482,7 +498,7 @@ def hub() -> str:
 
 
 def quiet_hub(needed: bool) -> None:
-    """Before transformers is imported: no warnings, no bars and, where the Hugging Face hub is away, no attempts."""
+    """Call it before transformers is imported: no warnings, no bars; if the hub is `needed` but away, no attempts."""
     import requests
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -491,7 +507,7 @@ def quiet_hub(needed: bool) -> None:
         if needed:
             requests.head(hub(), timeout=5)
     except requests.RequestException:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # from its cache, or an error at once; no timeout of its own spares 24 s
+        os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache, or fail at once; else it tries for 24 s
 
 
 def first_token(tokenizer: Tokenizer) -> int:
@@ -503,20 +519,17 @@ def first_token(tokenizer: Tokenizer) -> int:
 
 
 def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come; a character may take several of them."""
-
-    def decode_new() -> str:  # together, for some tokenizers drop the space of the very first token
-        return tokenizer.decode(np.array(before + new, TOKEN))[len(tokenizer.decode(np.array(before, TOKEN))) :]
-
-    before, new = [], []
-    for id in ids:
-        new.append(id)
-        text = decode_new()
-        if text and not text.endswith("\ufffd"):  # which stands for bytes that are no character yet
+    """Yield the text of the tokens as they come, in whole characters: one may take several tokens."""
+    before, new = [], []  # the tokens whose text was yielded last, and those that came since
+    for id in itertools.chain(ids, [None]):  # None: the end
+        if id is not None:
+            new.append(id)
+        # Some tokenizers drop the space of the first token that they decode, so it is one of those before.
+        n_shown = len(tokenizer.decode(np.array(before, TOKEN)))
+        text = tokenizer.decode(np.array(before + new, TOKEN))[n_shown:]
+        if text and (id is None or not text.endswith("\ufffd")):  # U+FFFD stands for an unfinished character
             yield text
             before, new = new, []
-    if new:
-        yield decode_new()
 
 
 # Reading back
@@ -579,10 +592,10 @@ class Tokens:
 
 
 def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
-    """Write val.bin and add the shards that train.bin lacks; returns what meta.json says of them.
+    """Write val.bin and append to train.bin the shards that it lacks; return what meta.json says of them.
 
-    shards.json has the number of tokens of each whole shard in train.bin. What comes after them there, an interrupted
-    download has left; and meta.json may speak of fewer shards than there are.
+    shards.json has the number of tokens of every complete shard in train.bin, and is written when they are on disk. An
+    interrupted download may leave bytes after them, which are cut off here. meta.json may count fewer shards.
     """
     record, train, val = folder / "shards.json", folder / "train.bin", folder / "val.bin"
     if not record.exists() and (train.exists() or val.exists()):
@@ -611,7 +624,7 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
 
 
 def add_shard(name: str, file: IO[bytes], folder: Path) -> int:
-    """Download a shard and append its tokens to `file`; returns how many. Raises UserError for a damaged one."""
+    """Download a shard and append its tokens to `file`; return how many. Raises UserError for a damaged one."""
     path, url = folder / "shard.bin", f"{hub()}/datasets/{FINEWEB}/resolve/main/{name}"
     advice = "; the same command tries again, from this shard on"
     try:
@@ -635,7 +648,10 @@ def add_shard(name: str, file: IO[bytes], folder: Path) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its place, flushed to disk, when the block ends; if it fails, nothing changes."""
+    """Write a file beside `path`; where the block ends, it is flushed to disk and replaces `path`.
+
+    If the block raises, `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -645,7 +661,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         os.replace(beside, path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
-        for cause in (error, error.__context__):  # on a full disk torch.save adds an error of its own
+        for cause in (error, error.__context__):  # on a full disk torch.save raises another error over the system's
             if isinstance(cause, OSError) and cause.errno and not cause.filename:
                 raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
@@ -663,10 +679,11 @@ def flush_to_disk(file: IO[bytes]) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of the folder of `path` until the block ends: they wait, or get a UserError.
+    """Keep other processes out of the folder of `path` until the block ends: they `wait`, or get a UserError.
 
-    The OS releases the lock when the process exits, even after SIGKILL. The file stays: removing it would race.
+    The OS releases the lock when the process exits, even after SIGKILL. The file stays: removing it would be a race.
     """
+    in_use = f"{path.parent} is in use by another run"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         try:
@@ -675,13 +692,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise UserError(
-                    f"{path.parent} is in use by another run: let it end, or take another --out_dir"
-                ) from None
-            print(f"{path.parent} is in use by another run: waiting for it", file=sys.stderr)
+                raise UserError(f"{in_use}: let it end, or take another --out_dir") from None
+            print(f"{in_use}: waiting for it", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except (ImportError, OSError):
-            pass  # Windows, or a file system without locks: nothing is locked
+            pass  # on Windows, or a file system without locks, go on without
         yield
 
 

@@ -34,8 +34,8 @@ from torch.optim.adamw import adamw as adamw_step
 
 # isort: off
 from config import (
-    ConfigError, StopSignals, UserError, as_config_error, convert, explained, key, progress, rank_and_size, read, run,
-    show, typed,
+    ConfigError, StopSignals, UserError, as_config_error, convert, explained, flag, key, progress, rank_and_size, read,
+    run, show,
 )  # fmt: skip
 from model import (
     GPT, MODELS, GPTConfig, LanguageModel, checkpoint_in, choose_device, open_model, peak_flops, training_dtype,
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> int | None:
         show(f"stopped by {signal.Signals(stop).name} after step {state.step}; {again} resumes")
         return 128 + stop
     best = f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}, last {log.val_loss:.4f}"
-    show(f"{best}, after {log.cost()}; try python sample.py {typed('out_dir', config.out_dir)}")
+    show(f"{best}, after {log.cost()}; try python sample.py {flag('out_dir', config.out_dir)}")
     return None
 
 
@@ -523,7 +523,7 @@ def find_source(config: TrainConfig) -> Source | None:
     if config.init_from == "scratch":
         return None
     if best.exists():
-        begin = f"start from it with {typed('init_from', best)} and another --out_dir"
+        begin = f"start from it with {flag('init_from', best)} and another --out_dir"
         raise ConfigError(f"there is {best} but no {path}: {begin}, or overwrite it with --init_from=scratch")
     if config.init_from == "resume":
         raise ConfigError(f"there is no {path} to resume; --init_from=scratch starts a new run")
@@ -593,9 +593,9 @@ def check_fits(source: Source, state: State, config: TrainConfig) -> None:
     if not different:
         return
     if source.resuming:
-        advice = f"take another --out_dir, where {typed('init_from', source.path)} fine-tunes these weights"
+        advice = f"take another --out_dir, where {flag('init_from', source.path)} fine-tunes these weights"
     else:
-        tokens = f"python prepare.py --dataset=NAME --input=FILE {typed('tokenizer', source.path)}"
+        tokens = f"python prepare.py --dataset=NAME --input=FILE {flag('tokenizer', source.path)}"
         advice = f"leave out keys of the shape; {tokens} makes tokens that fit"
     what = f"another model or text or optimizer than asked for ({', '.join(different)})"
     raise ConfigError(f"{source.path} holds {what}; {advice}")
@@ -606,7 +606,7 @@ def resume(state: State, source: Source, remarks: str, config: TrainConfig) -> N
     with explained(f"cannot open {source.path}", "; restore a copy, or name another one"):
         state.restore(source.checkpoint)
     if state.step > config.max_iters and not config.eval_only:
-        past = f"{source.path} is at step {state.step}, past {typed('max_iters', config.max_iters)}"
+        past = f"{source.path} is at step {state.step}, past {flag('max_iters', config.max_iters)}"
         raise ConfigError(f"{past}: raise it, or take another --out_dir")
     show(f"resuming from {source.path} at step {state.step}{remarks}")
     # With eval_iters=0, batch_size does not change what is evaluated.
