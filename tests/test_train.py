@@ -185,6 +185,26 @@ def test_missing_data_are_prepared_first(folder, capsys):
     assert load_meta("shakespeare_char")["train_tokens"] == 9450
 
 
+@pytest.mark.parametrize("seconds", [30, 90])
+def test_a_text_edited_after_it_was_prepared_is_told_with_the_command_that_prepares_it(dataset, capsys, seconds):
+    """A copied folder, whose files may be as new as the copy, was not edited."""
+    text, meta = dataset / "input.txt", dataset / "meta.json"
+    text.write_text(text.read_text() * 2)
+    edited = text.stat().st_mtime
+    os.utime(meta, (edited - seconds, edited - seconds))
+    before = (dataset / "train.bin").read_bytes()
+    train_here(max_iters=1)
+    out = capsys.readouterr().out
+    found = re.findall("input.txt is newer than its tokens.*: python prepare.py (.*) prepares it again", out)
+    assert (dataset / "train.bin").read_bytes() == before
+    again = ["--dataset=shakespeare_char", "--tokenizer=data/shakespeare_char/meta.json"]
+    assert found == [" ".join(again)] * (seconds > 60)
+    prepare.main(again)
+    train_here(max_iters=1, init_from="scratch")
+    assert load_meta("shakespeare_char")["train_tokens"] == len(before)
+    assert "is newer" not in capsys.readouterr().out
+
+
 # Optimizer
 
 
