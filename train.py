@@ -1,7 +1,7 @@
 """Train a GPT. Read `main` and `train` for the run from start to end, `train_step` for one step.
 
 One idea: step k of a run is a pure function of (weights, optimizer state, config, data, k). Its batch is drawn from
-(seed, k), its dropout from (seed, k, rank, micro-batch), and each evaluation of a run reads the same blocks. So a
+(seed, k), its dropout from (seed, k, rank, micro-batch), and every evaluation reads the same blocks. So a
 killed run resumes from its last checkpoint (bit for bit on a CPU), and one process and eight see the same batches.
 
     python train.py                                          the reference model on Tiny Shakespeare
@@ -94,7 +94,7 @@ class TrainConfig:
     lr_decay_iters: int | None = key(None, "step at which the decay ends; None: max_iters", least=1)
     decay_lr: bool = key(True, "cosine decay after the warm-up; False: stay at the peak")
     max_iters: int = key(2000, "optimizer steps", also="epochs", least=1)
-    weight_decay: float = key(1.5, "weight decay, on matrices only", least=0)
+    weight_decay: float = key(1.5, "share of a matrix that a step takes away, times the learning rate", least=0)
     beta1: float = key(0.9, "AdamW's decay rate for the mean of the gradients", least=0, below=1)
     beta2: float = key(0.99, "AdamW's decay rate for the mean of their squares", least=0, below=1)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", least=0)
@@ -152,6 +152,7 @@ MODEL_KEYS = [name for name in TrainConfig.__annotations__ if name in GPTConfig.
 def main(argv: list[str]) -> int | None:
     """Train; returns the exit status of a run that a signal stopped."""
     config = read(TrainConfig, argv)
+    # What to type if it is stopped; asked before `start`, which sets init_from to the one that the run began with.
     again = "the same command without --init_from" if config.init_from == "scratch" else "the same command"
     writing = rank_and_size()[0] == 0 and not config.eval_only
     with locked(config.path("lock")) if writing else nullcontext():
@@ -177,9 +178,9 @@ def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig
     model = compiled_and_parallel(state.model, config, process)
     with StopSignals() as signals:
         while True:
-            stop = process.max_over_processes(signals.received)  # of an evaluation, too, but a step later
+            stop = process.max_over_processes(signals.received)  # during an evaluation: seen here, a step later
             evaluating = evaluation_due(state.step, config)
-            if evaluating or stop:  # before the evaluation, so that a kill during it costs no step
+            if evaluating or stop:  # saved first, so that a kill during the evaluation costs no step
                 state.save("ckpt.pt", config, process)
             if stop:
                 break
@@ -193,7 +194,7 @@ def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig
             state.step += 1
             if state.step in (1, config.max_iters) or state.step % config.log_interval == 0:
                 log.report(metrics)
-    process.barrier()  # process 0 may still be saving, and torchrun may end it when the others have left
+    process.barrier()  # process 0 may still be saving, and torchrun may end it when others have exited
     return stop
 
 
@@ -205,7 +206,7 @@ def evaluation_due(step: int, config: TrainConfig) -> bool:
 
 
 def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> dict:
-    """One step down the gradient of batch `state.step`. Returns metrics of this process, tensors on its device."""
+    """One step down the gradient of batch `state.step`. Returns this process's metrics, tensors on its device."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, config)
     micro_steps = config.gradient_accumulation_steps
@@ -241,7 +242,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def batch(tokens: Tokens, step: int, micro_step: int, config: TrainConfig, process: Process) -> tuple[Tensor, Tensor]:
     """Inputs and targets (rows, block_size) of one micro-batch of a step.
 
-    Every process draws the starts of the whole batch and takes its own: the batch is the same, however many share it.
+    Every process draws the starts of the whole batch and takes its share, so the batch is the same for any number.
     """
     rng = np.random.default_rng((config.seed, step))
     starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
@@ -256,7 +257,7 @@ def seed_dropout(step: int, micro_step: int, config: TrainConfig, process: Proce
 
 
 def inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Blocks (B, length) from each of `starts` (B,) on, and, shifted by one, the next token at each position."""
+    """The blocks (B, length) that begin at `starts` (B,), and the same shifted by one: the next token at each place."""
     rows = torch.from_numpy(tokens.blocks(starts, length))  # (B, length + 1)
     if device.type == "cuda":
         rows = rows.pin_memory()  # so that the copy is asynchronous
@@ -271,10 +272,10 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter, 2019), with weight decay on matrices only, not on gains and biases.
 
     optimizer="muon": the matrices inside the blocks step along their momentum made orthogonal (Jordan et al., 2024), so
-    that no direction dominates. The step has the size of AdamW's (Liu et al., 2025); the best rates are still higher.
+    that no direction dominates. Steps are scaled to AdamW's size (Liu et al., 2025); the best rates are still higher.
 
     Any of torch.optim's classes may take its place: the run uses param_groups, step, state_dict and load_state_dict.
-    Their AdamW is called as a function, because to import the classes imports torch.compile, too: 4.6 of the 13.3 s
+    Their AdamW is called as a function, because importing the classes also imports torch.compile: 4.6 of the 13.3 s
     before the first step of the reference run on an H100 (torch 2.11).
     """
 
@@ -295,12 +296,12 @@ class Optimizer:
                 moments = {"momentum": torch.zeros_like(torch.stack(params))}  # (n, rows, columns)
             else:
                 moments = {name: [torch.zeros_like(p) for p in params] for name in ("mean", "square")}
-                moments["steps"] = torch.zeros(len(params), device=params[0].device)
+                moments["steps"] = [torch.zeros((), device=p.device) for p in params]
             group = {"params": params, "lr": 0.0, "weight_decay": decay, "update": getattr(self, rule)}
             self.param_groups.append(group | moments)
+            # By name for checkpoints. Matrices of a stack are views, so to copy into them is to copy into the stack.
             for moment, values in moments.items():
-                for name, value in zip(named, values, strict=True):  # a view of what the group holds
-                    self.state[f"{name}.{moment}"] = value
+                self.state |= {f"{name}.{moment}": value for name, value in zip(named, values, strict=True)}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -309,7 +310,7 @@ class Optimizer:
 
     def adamw(self, group: dict) -> None:
         gradients = [p.grad for p in group["params"]]
-        tensors = (group["params"], gradients, group["mean"], group["square"], [], [*group["steps"].unbind()])
+        tensors = (group["params"], gradients, group["mean"], group["square"], [], group["steps"])
         rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": 1e-8}
         adamw_step(*tensors, **self.betas, **rates, fused=True, amsgrad=False, maximize=False)
 
@@ -334,7 +335,7 @@ class Optimizer:
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) of the same directions, singular values all about 1, by five Newton-Schulz steps."""
+    """The matrices (n, rows, columns) with all singular values brought near 1, by five Newton-Schulz steps."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -348,9 +349,9 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def evaluate(state: State, splits: dict[str, Tokens], config: TrainConfig, process: Process) -> dict[str, float]:
-    """The mean losses of both splits, each of as many tokens: of `eval_iters` batches, or of the whole val split.
+    """The mean losses of both splits, over as many tokens of each: `eval_iters` batches, or the whole val split's.
 
-    They are the first tokens of the val split, so that losses compare between runs. Those of the train split are spread
+    Of the val split these are the first ones, so that losses compare between runs. Of the train split they are spread
     over all of it, for its beginning may be easier. Bits per byte are known where the whole val split is read.
     """
     train, val = splits["train"], splits["val"]
@@ -403,27 +404,28 @@ def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> lis
 # Starting, saving and resuming
 
 
+# A key that was not given takes its saved value (`follow`), unless it is one of NOT_FOLLOWED. Shape and tokenizer and,
+# when a run is resumed, optimizer, init_from and text must be the saved ones (`check_fits`). Any other key may change.
+NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
 SHAPE = ["model", *(name for name in MODEL_KEYS if name != "dropout")]
 TEXT_FACTS = ("sha256", "train_tokens", "shards")  # what meta.json and ckpt.pt say of the text and its size
-NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
 
 
 @dataclass
 class State:
-    """All that a run is at one moment; `step` counts finished optimizer steps.
+    """The complete state of a run; `step` counts finished optimizer steps.
 
-    When             What is written                              A kill right after it costs
-    step 0           ckpt.pt; an older run's best.pt is removed   the evaluation of step 0
-    report           a row of log.csv; the first of a start       the steps since ckpt.pt
-                     drops the rows of an older or later step
-    evaluation       before it ckpt.pt                            the evaluation
-                     after it, if the loss is the lowest,         the evaluation
-                     best.pt, then ckpt.pt, which tells of it
-                     a row                                        nothing
-    stop             ckpt.pt                                      nothing
+    When         What is written                                           What a kill right after it costs
+    step 0       ckpt.pt; then best.pt of an older run is removed          the evaluation of step 0
+    report       a row of log.csv                                          the steps since ckpt.pt
+    evaluation   1. ckpt.pt                                                the evaluation
+                 2. if the loss is the lowest: best.pt, ckpt.pt again      the evaluation
+                 3. a row of log.csv                                       nothing
+    stop         ckpt.pt                                                   nothing
 
-    A resumed run starts from ckpt.pt and repeats what was lost, to the same bits on a CPU. A file takes its name when
-    it is complete; only the last row of log.csv may be torn.
+    A resumed run starts from ckpt.pt and repeats what was lost, to the same bits on a CPU. The first row that it writes
+    replaces log.csv, without the rows that it repeats. Files are written under a temporary name, then renamed; only the
+    last row of log.csv may be torn.
     """
 
     model: LanguageModel
@@ -456,11 +458,12 @@ class State:
             config.path("best.pt").unlink(missing_ok=True)
 
     def keep_if_best(self, val_loss: float, config: TrainConfig, process: Process) -> None:
-        """Write best.pt if this validation loss is the lowest; step 0 does not count."""
+        """Write best.pt if this validation loss is the lowest. Step 0 does not count: nothing is learned yet."""
         if self.step > 0 and val_loss <= self.best_val_loss:
             self.best_val_loss, self.best_step = val_loss, self.step
             self.save("best.pt", config, process)
-            # ckpt.pt must tell of it, too: resumed with a higher max_iters, a run may not repeat this evaluation.
+            # The ckpt.pt of before the evaluation lacks the new best. Resumed with a higher max_iters, a run may not
+            # evaluate at this step again.
             self.save("ckpt.pt", config, process)
 
     def restore(self, checkpoint: dict) -> None:
@@ -478,7 +481,8 @@ class State:
 def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
     """The state that the run starts in, its data and processes."""
     source = find_source(config)
-    remarks = follow(source, config) if source else ""  # first, for it may set any key: config.dataset, too
+    if source:
+        follow(source, config)  # first, for it may set any key: config.dataset, too
     process = join_processes(config)
     config.check(process.world_size)
     if process.rank == 0:
@@ -492,7 +496,7 @@ def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
     if source:
         check_fits(source, state, config)
     if source and source.resuming:
-        resume(state, source, remarks, config)
+        resume(state, source, config)
     elif source:
         show(f"starting from {source.path}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_FOLLOWED}
@@ -511,7 +515,8 @@ class Source:
     resuming: bool  # out_dir's run
     model: LanguageModel
     checkpoint: dict  # what else the file holds; nothing in Hugging Face's format
-    saved: dict[str, Any]  # the values it was trained with: keys, tokenizer, text; pretrained: shape and tokenizer
+    saved: dict[str, Any]  # by name: all keys, tokenizer, text, class of the optimizer; pretrained: shape, tokenizer
+    remarks: str = ""  # which keys differ from the saved ones, or follow them
 
 
 def find_source(config: TrainConfig) -> Source | None:
@@ -553,8 +558,8 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
     return Source(path, resuming, model, checkpoint, saved)
 
 
-def follow(source: Source, config: TrainConfig) -> str:
-    """Set the keys that were not given to what was saved, checked as if it were typed. Returns what to say of it."""
+def follow(source: Source, config: TrainConfig) -> None:
+    """Set the keys that were not given to what was saved, checked as if it were typed."""
     if source.resuming and config.init_from in STARTS:  # which do not say from what weights the run once began
         config.init_from = source.saved["init_from"]
     changed, followed = [], []
@@ -567,7 +572,7 @@ def follow(source: Source, config: TrainConfig) -> str:
             setattr(config, name, before)
             followed.append(f"{name} {short(before)}")
     remarks = {"changed since": changed, "as in the checkpoint": followed}
-    return "".join(f"; {remark}: {', '.join(keys)}" for remark, keys in remarks.items() if keys)
+    source.remarks = "".join(f"; {remark}: {', '.join(keys)}" for remark, keys in remarks.items() if keys)
 
 
 def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Process) -> State:
@@ -582,7 +587,7 @@ def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Pr
 def check_fits(source: Source, state: State, config: TrainConfig) -> None:
     """Raises ConfigError if shape or tokens differ; for a run also if optimizer, init_from or text differ.
 
-    Compared are the facts that both sides know.
+    Only facts that both sides know are compared.
     """
     now = asdict(config) | state.meta | {"optimizer_class": type(state.optimizer).__name__}
     facts = [*SHAPE, "vocab_size", "chars", "json"]
@@ -601,14 +606,14 @@ def check_fits(source: Source, state: State, config: TrainConfig) -> None:
     raise ConfigError(f"{source.path} holds {what}; {advice}")
 
 
-def resume(state: State, source: Source, remarks: str, config: TrainConfig) -> None:
+def resume(state: State, source: Source, config: TrainConfig) -> None:
     """Set the state to the checkpoint's. Raises UserError where it does not fit."""
     with explained(f"cannot open {source.path}", "; restore a copy, or name another one"):
         state.restore(source.checkpoint)
     if state.step > config.max_iters and not config.eval_only:
         past = f"{source.path} is at step {state.step}, past {flag('max_iters', config.max_iters)}"
         raise ConfigError(f"{past}: raise it, or take another --out_dir")
-    show(f"resuming from {source.path} at step {state.step}{remarks}")
+    show(f"resuming from {source.path} at step {state.step}{source.remarks}")
     # With eval_iters=0, batch_size does not change what is evaluated.
     evaluation = ("eval_iters", "batch_size") if config.eval_iters else ("eval_iters",)
     other_tokens = any(getattr(config, name) != source.saved[name] for name in evaluation)
@@ -618,7 +623,7 @@ def resume(state: State, source: Source, remarks: str, config: TrainConfig) -> N
 
 
 def warn_of_hours(state: State, config: TrainConfig, process: Process) -> None:
-    """Warn who types `python train.py` on a laptop, before the first evaluation."""
+    """Warn anyone who types `python train.py` on a laptop, before the first evaluation."""
     flops = flops_of_run(state.model, config) * (1 - state.step / config.max_iters)
     hours = flops / (CPU_FLOPS * torch.get_num_threads() * process.world_size) / 3600
     if hours > 1 and process.device.type == "cpu" and not config.eval_only:
@@ -648,7 +653,7 @@ class Process:
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`; weights, sums and losses stay float32 (Micikevicius et al., 2018).
 
-        Its cache is off, for CUDA graphs refuse it; nothing is lost, for each weight is cast once in a pass.
+        The cast cache is off because CUDA graphs do not allow it. It would save nothing: a weight is cast once a pass.
         """
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
 
@@ -694,7 +699,7 @@ def join_processes(config: TrainConfig) -> Process:
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        warnings.filterwarnings("ignore", "TensorFloat32")  # torch.compile advises it: here float32 is float32
+        warnings.filterwarnings("ignore", "TensorFloat32")  # torch.compile recommends it; dtype=float32 means none
     with as_config_error():
         dtype = training_dtype(config.dtype, device)  # of the card in use
     if world_size > 1:
@@ -771,7 +776,7 @@ class Log:
             self.tensorboard = SummaryWriter(config.out_dir, purge_step=first_repeated)
 
     def kept_rows(self) -> list[dict[str, object]]:
-        """The rows of log.csv that a resumed run does not repeat: up to its step, without an evaluation that is due."""
+        """The rows of log.csv to keep: those up to this step, except an evaluation that is about to be repeated."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         due, rows = evaluation_due(self.state.step, self.config), []
         for line in lines[1:]:

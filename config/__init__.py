@@ -1,7 +1,7 @@
 """What every program here needs: its settings, how it ends, and how it prints.
 
-Each program has one dataclass. A field is a key: its name, type, default, limits and meaning stand there and nowhere
-else, and `--help` prints them. A recipe is a Python file that assigns values to keys; the other files of this folder
+Each program has one dataclass. A field is a key: its name, type, default, limits and meaning are given only there, and
+`--help` prints them. A recipe is a Python file that assigns values to keys; the other files of this folder
 are recipes.
 """
 
@@ -28,8 +28,8 @@ from types import NoneType
 from typing import Any, NoReturn, TextIO, get_args, get_type_hints
 
 PROGRAMS = Path(__file__).parent.parent  # the folder of train.py; recipes are looked up here, too
-# The values that these words mean, where the key's type allows such a value.
-WORDS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False, "None": None}
+# What these words mean, where the key's type allows it.
+CONSTANTS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False, "None": None}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True/False", NoneType: "None"}
 LIMITS = {"least": ("at least", ge), "above": ("above", gt), "most": ("at most", le), "below": ("below", lt)}
 # What torch's errors say when something outside the program has failed.
@@ -70,10 +70,10 @@ def keys(schema: type) -> dict[str, dataclasses.Field]:
 
 
 def read(schema: type, argv: list[str]) -> Any:
-    """Build `schema`, a program's dataclass, from the words of its command. Raises ConfigError.
+    """Build `schema`, a program's dataclass, from its command-line arguments. Raises ConfigError.
 
     Recipes override the defaults and the recipes before them; --key=value overrides every recipe, before or after it.
-    The result's attribute `given` has the names of the keys that a recipe or the command sets.
+    The result's attribute `given` holds the names of the keys that a recipe or the command sets.
     """
     if {"-h", "--help"} & {*argv}:
         put(help_text(schema), sys.stdout)
@@ -102,22 +102,22 @@ def key_and_value(schema: type, word: str, rest: list[str]) -> tuple[str, str]:
     if equals:
         return name, value
     alone = not rest or rest[0].startswith("--")
-    if bool in options(schema, name) and (alone or rest[0].endswith(".py")):  # --switch config/NAME.py
+    if bool in allowed_values(schema, name) and (alone or rest[0].endswith(".py")):  # --switch config/NAME.py
         return name, "True"
     if alone:
-        raise ConfigError(f"--{name} needs a value, {description(schema, name)}")
+        raise ConfigError(f"--{name} needs a value, {requirement(schema, name)}")
     return name, rest.pop(0)
 
 
-def recipe(schema: type, path: str, followers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Run a recipe. Return the values that it assigns to keys, added to those of the recipe that its `_after` names.
+def recipe(schema: type, path: str, derived: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Run a recipe. Return the values that it assigns to keys, and below them those of the recipe that `_after` names.
 
-    followers: the recipes whose `_after` has led to this one, to notice a circle.
+    `_after = "NAME.py"` stands in a recipe that changes another one. derived: the recipes that led here by it.
     """
     file = Path(path) if Path(path).is_file() else PROGRAMS / path
     if file.suffix != ".py" or not file.is_file():
         raise no_recipe(schema, path)
-    if file in followers:
+    if file in derived:
         raise ConfigError(f"{file}: _after leads back to it")
     try:
         names = runpy.run_path(str(file))
@@ -133,7 +133,7 @@ def recipe(schema: type, path: str, followers: tuple[Path, ...] = ()) -> dict[st
     values = {name: convert(schema, name, names[name], f"{file}: {name}") for name in keys(schema) if name in names}
     if "_after" in names:  # a file in the same folder
         before = file.parent / Path(str(names["_after"])).name
-        values = recipe(schema, str(before), (*followers, file)) | values
+        values = recipe(schema, str(before), (*derived, file)) | values
     return values
 
 
@@ -142,30 +142,31 @@ def convert(schema: type, name: str, value: Any, where: str) -> Any:
 
     Raises ConfigError "{where} must be ..., found ...".
     """
-    allowed, text = options(schema, name), str(value)
-    if text in WORDS and type(WORDS[text]) in allowed:
-        return WORDS[text]
+    allowed, text = allowed_values(schema, name), str(value)
+    if text in CONSTANTS and type(CONSTANTS[text]) in allowed:
+        return CONSTANTS[text]
     if isinstance(value, str) and (value in allowed or str in allowed):  # a word of a Literal, or any text
         return os.path.expanduser(value) if value.startswith("~/") else value
-    with suppress(ValueError):  # raised for what is no number
+    with suppress(ValueError):  # not a number
         number = float(text)
         if int in allowed and number.is_integer():  # 1e3 is a whole number, too
             number = int(Decimal(text))  # exact, also above 2**53
         in_limits = all(holds(number, bound) for _, holds, bound in keys(schema)[name].metadata["limits"])
-        if type(number) in allowed and math.isfinite(number) and in_limits:
+        if type(number) in allowed and math.isfinite(number) and in_limits:  # where int is allowed alone, 1.5 is not
             return number
-    raise ConfigError(f"{where} must be {description(schema, name)}, found {value!r}")
+    raise ConfigError(f"{where} must be {requirement(schema, name)}, found {value!r}")
 
 
-def options(schema: type, name: str) -> list:
+def allowed_values(schema: type, name: str) -> list:
     """The types and words that a key may have: bool | Literal["auto"] -> [bool, "auto"]."""
     annotation = get_type_hints(schema)[name]
-    return [option for part in get_args(annotation) or [annotation] for option in get_args(part) or [part]]
+    parts = get_args(annotation) or [annotation]  # of a union, the words of a Literal, or the type itself
+    return [value for part in parts for value in get_args(part) or [part]]  # a Literal may stand within a union
 
 
-def description(schema: type, name: str) -> str:
+def requirement(schema: type, name: str) -> str:
     """What a key's value must be: "a whole number or None, at least 1"."""
-    kinds = " or ".join(TYPE_NAMES.get(option, option) for option in options(schema, name))
+    kinds = " or ".join(TYPE_NAMES.get(value, value) for value in allowed_values(schema, name))
     limits = " and ".join(f"{phrase} {bound:g}" for phrase, _, bound in keys(schema)[name].metadata["limits"])
     return f"{kinds}, {limits}" if limits else kinds
 
@@ -180,8 +181,8 @@ def help_text(schema: type) -> str:
         if field.metadata["group"]:
             lines += ["", f"{field.metadata['group']}:"]
         head, meaning = f"  --{name} {field.default}", field.metadata["meaning"]
-        if str not in options(schema, name):
-            meaning += f" ({description(schema, name)})"
+        if str not in allowed_values(schema, name):
+            meaning += f" ({requirement(schema, name)})"
         meaning = "\n".join(textwrap.fill(line, 120 - 34) for line in meaning.splitlines())
         lines.append(f"{head:<32}  {textwrap.indent(meaning, ' ' * 34).lstrip()}")
     return "\n".join(lines) + "\n"
@@ -225,18 +226,19 @@ def flag(name: str, value: object) -> str:
 def explained(what: str, advice: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
     """Turn any exception that an untrusted file raises into one line: {what} ({class}: {message}){advice}.
 
-    Errors that say enough by themselves pass unchanged: a UserError, the system's (they name the file), a missing
-    package, too little memory.
+    Errors that are clear already pass unchanged: a UserError, the system's (they name the file), a missing package, too
+    little memory.
     """
     try:
         yield
     except (UserError, ModuleNotFoundError, MemoryError, KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # a panic in tokenizers' Rust code is no Exception
+    except BaseException as error:  # a panic in tokenizers' Rust code is not an Exception
+        # Only the system's errors have a number; libraries raise OSError without one.
         if getattr(error, "errno", None) or re.search(OUT_OF_MEMORY, str(error)):
             raise
         reason = next(iter(str(error).splitlines()), "")
-        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run its code
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run the file's code
             reason = "it holds more than tensors and plain values"
         raise kind(f"{what} ({type(error).__name__}: {reason}){advice}") from None
 
@@ -251,13 +253,13 @@ def as_config_error() -> Iterator[None]:
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a program with the words of its command, then exit. Whatever goes wrong is told in one line on stderr.
+    """Run a program with its command-line arguments, then exit. What goes wrong is told in one line on stderr.
 
     The exit status is what `main` returns (None: 0), or
         2    for a mistake in the command, a recipe or a value: ConfigError
-        1    for whatever else a user can do something about: UserError, OSError, a missing package, too little memory
+        1    for anything else that the user can mend: UserError, OSError, a missing package, too little memory
         130  for Ctrl-C
-        141  for a closed pipe, without a line, for nobody reads it
+        141  for a closed pipe, without a line
     Any other exception is a bug and shows its traceback.
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
@@ -265,7 +267,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
     rank, world_size = 0, 1
-    status, problem = 1, ""
+    status, problem = 1, ""  # until `main` has returned
     try:
         rank, world_size = rank_and_size()
         status = main(sys.argv[1:]) or 0
@@ -273,10 +275,13 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
         status = 128 + 13
     except KeyboardInterrupt:
-        put("\n" * rewritable(sys.stderr), sys.stderr)  # keeps the text on the terminal's last line, such as a sample
+        if rewritable(sys.stderr):
+            put("\n", sys.stderr)  # or `say` would erase the last line, of a sample perhaps
         status, problem = 128 + 2, "interrupted; nothing that was saved is lost"
-    except (UserError, OSError) as error:
-        status, problem = getattr(error, "status", 1), str(error)
+    except UserError as error:
+        status, problem = error.status, str(error)
+    except OSError as error:
+        problem = str(error)
     except ModuleNotFoundError as error:
         problem = f"this needs another package: pip install {error.name}"
     except (MemoryError, RuntimeError) as error:
@@ -288,7 +293,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         else:
             raise
     if problem:
-        if rank > 0:  # process 0 first: torchrun ends the others once it has exited, so a mistake of all is told once
+        if rank > 0:  # torchrun ends the others once process 0 has exited, so a mistake that all share is told once
             with suppress(KeyboardInterrupt):
                 time.sleep(5)
         who = f", process {rank}" if world_size > 1 else ""
@@ -296,7 +301,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         put("", stream)  # flush them here: at exit Python would complain of a closed pipe
     if world_size > 1:
-        os._exit(status)  # at an ordinary exit gloo, cut off from the other processes, may abort: 1 in 13 did
+        os._exit(status)  # at an ordinary exit gloo, cut off from the other processes, may abort: in 1 of 13 runs
     sys.exit(status)
 
 
@@ -316,10 +321,10 @@ def rank_and_size() -> tuple[int, int]:
 
 
 class StopSignals:
-    """Within the block, a signal to stop only sets `received` to its number; the training loop looks at it every step.
+    """Within the block, a signal to stop only sets `received` to its number; the training loop checks it every step.
 
     The signals are Ctrl-C, SIGTERM, SIGHUP (a closed terminal), and those that Slurm and a CPU time limit send as a
-    warning. A second Ctrl-C interrupts at once; of the others a second one changes nothing, for some come twice.
+    warning. Ctrl-C after any of them interrupts at once; a repeat of the others changes nothing, for some come twice.
     """
 
     received = 0
@@ -360,30 +365,35 @@ def reporting() -> bool:
 def show(text: str) -> None:
     """Print a result on stdout, a line of its own; in process 0 only."""
     if reporting():
-        put(ERASE_LINE * rewritable(sys.stderr), sys.stderr)  # erases the progress line, on the same terminal
+        erase_progress()
         put(text + "\n", sys.stdout)
 
 
 def say(text: str) -> None:
     """Print an error or the answer to Ctrl-C on stderr, a line of its own; in any process."""
-    put(f"{ERASE_LINE * rewritable(sys.stderr)}{text}\n", sys.stderr)
+    erase_progress()
+    put(text + "\n", sys.stderr)
 
 
 class Progress:
-    """Progress of process 0 on stderr: on a terminal one line, rewritten at most twice a second; else a line in 5 s."""
+    """Progress of process 0 on stderr: on a terminal one line, rewritten twice a second at most; else a line in 5 s."""
 
     shown = -math.inf  # the time of the last one
 
     def show(self, text: str) -> None:
-        if reporting() and time.monotonic() - self.shown > (0.5 if rewritable(sys.stderr) else 5):
+        on_terminal = rewritable(sys.stderr)
+        if reporting() and time.monotonic() - self.shown > (0.5 if on_terminal else 5):
             self.shown = time.monotonic()
-            if rewritable(sys.stderr):
-                put(ERASE_LINE + text[: shutil.get_terminal_size().columns - 1], sys.stderr)  # one row, to be erasable
-            else:
-                put(text + "\n", sys.stderr)
+            row = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be erased
+            put(ERASE_LINE + row if on_terminal else text + "\n", sys.stderr)
 
 
 progress = Progress()
+
+
+def erase_progress() -> None:
+    if rewritable(sys.stderr):
+        put(ERASE_LINE, sys.stderr)
 
 
 def rewritable(stream: TextIO) -> bool:
@@ -394,7 +404,7 @@ def rewritable(stream: TextIO) -> bool:
 def put(text: str, stream: TextIO) -> None:
     """Print `text` as it is, at once. A terminal that is gone or a full disk stops the output, not the training.
 
-    sample.py prints its text by `print` instead, so that `run` learns of a closed pipe.
+    sample.py prints its text with `print` instead, so that `run` learns of a closed pipe.
     """
     try:
         print(text, end="", file=stream, flush=True)
