@@ -115,8 +115,8 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
 
     The text is split, not the tokens: every tokenizer has the same text for validation, so that bits per byte compare.
     """
-    if config.tokenizer not in ("char", "bpe"):  # those are made from the text, below
-        tokenizer = given_tokenizer(config.tokenizer)  # if it fails, then before a long download
+    made_of_the_text = config.tokenizer in ("char", "bpe")
+    tokenizer = None if made_of_the_text else given_tokenizer(config.tokenizer)  # fails before a long download
     text = find_text(config, folder / "input.txt")
     counts = count_characters(text)
     if config.tokenizer == "char":
@@ -144,10 +144,10 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
             sha256.update(piece.encode())
         if not train_tokens or not val_tokens:
             raise UserError(f"{text.path} is too short for --val_fraction={config.val_fraction}: a split has no token")
-        # Up to here the tokens are in temporary files: an error or a kill leaves the old ones in place. Now the order
-        # matters: replace input.txt, remove the old meta.json, replace val.bin and train.bin (where this block ends),
-        # write the new meta.json (in `prepare`). So meta.json never describes other tokens than those beside it. A kill
-        # in between may leave the folder without one; then the same command makes the dataset again.
+        # Until here the new tokens are in temporary files. Now files are replaced, in this order, so that meta.json
+        # never describes other tokens than those beside it: input.txt (--url did so already); the old meta.json is
+        # removed; val.bin and train.bin, as the block ends; the new meta.json, in `prepare`. After a kill in between
+        # there is no meta.json, and the same command makes the dataset again.
         for file in (train_bin, val_bin):
             flush_to_disk(file)  # a full disk shows now, while the old files are still there
         if config.input:
@@ -161,7 +161,7 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
 def write_tokens(text: str, tokenizer: "Tokenizer", file: IO[bytes], path: Path) -> int:
     """Append the tokens of `text`, a part of `path`, to `file`; return how many. Raises UserError if text is lost."""
     ids = tokenizer.encode(text)
-    # A character tokenizer loses nothing. That some others drop the very first space is accepted.
+    # Some decoders drop the first space of what they decode.
     if not isinstance(tokenizer, CharTokenizer) and tokenizer.decode(ids).lstrip(" ") != text.lstrip(" "):
         raise UserError(f"{path} cannot be written in these tokens: decoding them does not return it")
     file.write(ids)  # the bytes of the array, uint16
@@ -214,15 +214,15 @@ def dataset_folder(dataset: str) -> Path:
 
 # The text
 
-# `SubwordTokenizer` encodes a text in parts, one on each core at a time. A part ends after a word and before a space.
-# A token ends there, too, so the parts together have the same tokens as the whole text.
+# A piece is what is read at once, a part what one core encodes. Both end after a word and before a space. A token of
+# GPT-2's ends there, too, so its tokens do not depend on these cuts.
 PART = 2**14  # characters in a part, at most
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")  # where no word ends, a part ends anywhere
 
 
 class Text:
-    """A UTF-8 file, or the .txt files of a folder in the order of their names. Iterate over it, once or again: pieces.
+    """A UTF-8 file, or the .txt files of a folder in the order of their names; iterating yields pieces, each time anew.
 
     source: where the text came from. between: what is put between two files.
     """
@@ -259,7 +259,7 @@ def not_utf8(path: object, found: str) -> UserError:
 
 
 def find_text(config: PrepareConfig, path: Path) -> Text:
-    """The text of --input or --url, else the dataset's own, `path`; two known ones are made where they are missing."""
+    """The text of --input or --url, else the dataset's own, `path`, which is fetched if it is a known one."""
     if config.input:
         text = Text(Path(config.input), config.input, END if config.tokenizer == "gpt2" else "\n")
         if not text.files:
@@ -285,7 +285,7 @@ def find_text(config: PrepareConfig, path: Path) -> Text:
 
 
 def download(url: str, path: Path, advice: str = "", sha256: str | None = None) -> None:
-    """Download `url` to `path`; try again after a broken connection or an overload. Raises UserError when all fails."""
+    """Download `url` to `path`; broken connections and overload are tried again. Raises UserError when all fail."""
     import requests  # takes 0.1 s, and most runs download nothing
 
     show(f"downloading {url}")
