@@ -206,12 +206,12 @@ def test_after_a_signal_nothing_is_said_before_the_checkpoint(dataset, monkeypat
     monkeypatch.setattr(train, "show", lambda text: done.append("show"))
     monkeypatch.setattr(train.State, "save", lambda *given, f=train.State.save: done.append("save") or f(*given))
 
-    def signalled(*given, original=getattr(train, moment)):  # noqa: B008
+    def signalled(*given, original=getattr(train, moment), **keys):  # noqa: B008
         calls.append(moment)
         if len(calls) == 4:  # the fourth step; in the evaluation of step 10, the second of its two splits
             os.kill(os.getpid(), signal.SIGTERM)
             done.clear()
-        return original(*given)
+        return original(*given, **keys)
 
     monkeypatch.setattr(train, moment, signalled)
     assert train.main(tiny()) == 143
