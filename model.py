@@ -212,7 +212,8 @@ class LanguageModel(nn.Module):
         # A chunk's logits are kept, in autocast's dtype; the backward pass computes their float32 softmax again.
         recomputed = partial(checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False)
         chunk_loss = recomputed if len(idx) > rows else cross_entropy
-        return None, sum(chunk_loss(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
+        # Not a mean of means: a chunk may have fewer targets than another, or none.
+        return None, sum(chunk_loss(self.lm_head(x), target, "sum") for x, target in chunks) / (targets != -100).sum()
 
     @torch.no_grad()
     def initialize(self):
@@ -283,8 +284,8 @@ class LanguageModel(nn.Module):
             yield unread
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 def sample_token(
