@@ -406,6 +406,10 @@ class GPT(LanguageModel):
         pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
         if report["missing_keys"] or report["mismatched_keys"]:  # which transformers initializes at random
             raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
+        masks = (".attn.bias", ".attn.masked_bias")  # which GPT-2's old attention stored
+        if unused := sorted(name for name in report["unexpected_keys"] if not name.endswith(masks)):
+            names = ", ".join(unused[:2]) + f" and {len(unused) - 2} more" * (len(unused) > 2)
+            raise ValueError(f"{name_or_folder} has weights that its config.json does not promise: {names}")
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
         model = cls(GPTConfig(*sizes, dropout))
         load_weights(model, transposed(pretrained.float().state_dict()))
@@ -479,6 +483,8 @@ def checkpoint_in(source: str | Path) -> Path | None:
     for path in (Path(source) / "best.pt", Path(source) / "ckpt.pt", Path(source)):
         if path.is_file():
             return path
+    if (Path(source) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{source} holds an adapter: merge it into its model first, by peft's merge_and_unload")
     if source in GPT2_NAMES or (Path(source) / "config.json").is_file():
         return None
     others = ", ".join(sorted({path.parent.as_posix() for path in Path("out").rglob("*.pt")}))

@@ -131,12 +131,13 @@ def test_another_architecture_is_refused(folder):
 
 
 def test_the_layout_of_gpt2_on_the_hub_is_read_too(folder):
-    """Its file has no prefix "transformer.", no lm_head, and the mask of old attention."""
+    """Its file has no prefix "transformer.", no lm_head, and the masks of old attention."""
     theirs = gpt2(**SHAPES[0])
     theirs.save_pretrained("gpt2")
     weights = {name.removeprefix("transformer."): w.clone() for name, w in theirs.state_dict().items()}
     del weights["lm_head.weight"]
     weights |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
+    weights |= {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
     save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
     idx = token_ids(SHAPES[0])
     torch.testing.assert_close(GPT.from_pretrained("gpt2").eval()(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
@@ -150,6 +151,38 @@ def test_weights_that_a_folder_lacks_are_not_made_up(folder):
         UserError, match=r"^cannot open gpt2 \(ValueError: gpt2 has not all the weights that its config.json"
     ):
         sample.load("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["h.2.ln_1.bias"], r"h\.2\.ln_1\.bias"),
+        (
+            ["h.0.attn.lora_B.weight", "h.0.attn.lora_A.weight"],
+            r"h\.0\.attn\.lora_A\.weight, h\.0\.attn\.lora_B\.weight",
+        ),
+        (
+            [f"h.0.mlp.scale_{i}.bias" for i in range(7)],
+            r"h\.0\.mlp\.scale_0\.bias, h\.0\.mlp\.scale_1\.bias and 5 more",
+        ),
+    ],
+)
+def test_weights_that_the_model_has_no_place_for_are_not_dropped(folder, names, told):
+    gpt2(**SHAPES[0]).save_pretrained("gpt2")
+    weights = load_file("gpt2/model.safetensors") | {name: torch.zeros(32) for name in names}
+    save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^cannot open gpt2 \(.* gpt2 has weights .* not promise: {told}\)"):
+        sample.load("gpt2")
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_an_adapter_is_no_model_and_is_not_left_out_beside_one(gpt2_folder, config):
+    (gpt2_folder / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
+    if not config:
+        (gpt2_folder / "config.json").unlink()
+    for work in (lambda: sample.main(["--init_from=gpt2"]), lambda: train_here(init_from="gpt2")):
+        with pytest.raises(ConfigError, match=r"^gpt2 holds an adapter: merge it into its model first, by peft"):
+            work()
 
 
 def test_a_strangers_folder_runs_no_code(folder):
