@@ -124,10 +124,17 @@ def opened(source: str | Path) -> tuple[LanguageModel, Tokenizer, str]:
     return model, tokenizer, f"{path}, step {checkpoint['step']}" if path else f"{source}"
 
 
+# The files of an export, and the names of all that transformers looks for in its folder.
+WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+READ = r".*\.(json|safetensors|bin|model|jinja)|(merges|vocab)\.txt|additional_chat_templates"
+
+
 def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer."""
+    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer. Raises UserError."""
     if not isinstance(model, GPT):
         raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
+    if others := sorted({path.name for path in folder.glob("*") if re.fullmatch(READ, path.name)} - WRITTEN):
+        raise ConfigError(f"{folder} holds other files that transformers reads: {', '.join(others)}; take another one")
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.end is not None:
         facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), prepare.END)

@@ -478,6 +478,31 @@ def test_an_export_that_fails_leaves_the_old_one(dataset, capsys, monkeypatch):
         sample.main(["--save_pretrained=file"])
 
 
+def test_an_export_does_not_mix_with_the_files_of_another(dataset):
+    train_here(max_iters=1)
+    for kept in ("README.md", ".gitattributes", ".git/config.json", "notes.txt", "ckpt.pt"):
+        (Path("hf") / kept).parent.mkdir(parents=True, exist_ok=True)
+        (Path("hf") / kept).touch()
+    sample.main(["--save_pretrained=hf"])
+    sample.main(["--save_pretrained=hf"])  # over an own one
+    content = {path.name: path.read_bytes() for path in Path("hf").glob("*.*") if path.is_file()}
+    for name in (
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "model-00001-of-00002.safetensors",
+        "pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "chat_template.jinja",
+        "tokenizer.model",
+    ):  # fmt: skip
+        Path("hf", name).touch()
+        Path("hf/config.json").write_text("of another")
+        with pytest.raises(
+            ConfigError, match=rf"^hf holds other files that transformers reads: {name}; take another one$"
+        ):
+            sample.main(["--save_pretrained=hf"])
+        Path("hf", name).unlink()
+        assert content | {"config.json": b"of another"} == {
+            path.name: path.read_bytes() for path in Path("hf").glob("*.*") if path.is_file()
+        }
+
+
 def test_an_export_that_is_killed_leaves_nothing_beside_its_folder_and_is_not_taken_for_whole(dataset):
     train_here(max_iters=1)
     before = sorted(os.listdir())
