@@ -604,7 +604,7 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
     # bfloat16 is faster with AMX, and with AVX-512's instructions for it on an AMD EPYC. On an Intel Xeon (family 6,
     # model 207) without its AMX, a step of the small recipe takes 1.6 times as long as in float32.
-    cpu = torch.cpu.get_capabilities()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch below 2.11 does not tell: float32
     fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
     return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
 
