@@ -35,9 +35,9 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TOKEN = np.dtype("<u2")  # a .bin is a row of these: little-endian uint16, the layout that nanoGPT uses too
 MAX_VOCAB_SIZE = 2**16
-END = "<|endoftext|>"  # what GPT-2's tokenizer has between two texts
+END = "<|endoftext|>"  # what GPT-2's tokenizer has between two texts; another's facts may name its own
 GPT2_FACTS = {"tokenizer": "gpt2", "vocab_size": 50257}
-TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # of meta.json; a checkpoint has them, too
+TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json", "end")  # of meta.json; a checkpoint has them, too
 PIECE = 2**20  # characters of text, or bytes of a download, in memory at a time
 LEARN_FROM = 2**26  # bytes of text, at most, that a BPE is learned from
 TIMEOUT = (10, 30)  # seconds to connect, and of silence during a download
@@ -117,7 +117,7 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """
     made_for_the_text = config.tokenizer in ("char", "bpe")
     tokenizer = None if made_for_the_text else given_tokenizer(config.tokenizer)  # before a download, which may be long
-    text = find_text(config, folder / "input.txt")
+    text = find_text(config, folder / "input.txt", tokenizer)
     counts = count_characters(text)  # {character: how often}, in the order of the code points
     if config.tokenizer == "char":
         tokenizer = CharTokenizer("".join(counts))
@@ -244,10 +244,10 @@ def not_utf8(path: object, found: str) -> UserError:
     return UserError(f"{path} is not UTF-8 text: {found}; convert it from its encoding, for instance: {way}")
 
 
-def find_text(config: PrepareConfig, path: Path) -> Text:
+def find_text(config: PrepareConfig, path: Path, tokenizer: "Tokenizer | None") -> Text:
     """The text, by default that of the file `path`, downloaded where needed."""
     if config.input:
-        text = Text(Path(config.input), config.input, END if config.tokenizer == "gpt2" else "\n")
+        text = Text(Path(config.input), config.input, tokenizer.facts.get("end", "\n") if tokenizer else "\n")
         if not text.files:
             raise ConfigError(f"--input: there is no file, or folder with .txt files, {config.input}")
         return text
@@ -364,10 +364,11 @@ class CharTokenizer:
 class SubwordTokenizer:
     """What Hugging Face's library `tokenizers` makes of a text: GPT-2's tokens, a BPE learned here, any tokenizer.json.
 
-    `content` is that of a tokenizer.json. Raises many types of exceptions for an unusable one.
+    `content` is that of a tokenizer.json, `end` the token that ends a text, where it has one. Raises many types of
+    exceptions for an unusable one.
     """
 
-    def __init__(self, name: str, content: str):
+    def __init__(self, name: str, content: str, end: str = END):
         import tokenizers
 
         self.library = tokenizers.Tokenizer.from_str(content)
@@ -376,7 +377,8 @@ class SubwordTokenizer:
         self.library.post_processor = None  # it only adds tokens to those of the text
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self.facts = {"tokenizer": name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
-        self.end = self.library.token_to_id(END)
+        self.end = self.library.token_to_id(end)
+        self.facts |= {} if self.end is None else {"end": end}
 
     @explained("the tokenizer cannot encode this text")
     def encode(self, text: str) -> np.ndarray:
@@ -431,8 +433,10 @@ def tokenizer_facts(path: Path) -> dict:
 
         return checkpoint_tokenizer(torch.load(files[0], map_location="cpu", mmap=True, weights_only=True), files[0])
     content = files[0].read_text(encoding="utf-8")
-    facts = json.loads(content)
-    return facts if "tokenizer" in facts else {"tokenizer": str(files[0]), "json": content}
+    facts, beside = json.loads(content), files[0].with_name("tokenizer_config.json")  # of Hugging Face's format
+    end = (json.loads(beside.read_bytes()) if beside.is_file() else {}).get("eos_token") or END
+    end = end["content"] if isinstance(end, dict) else end
+    return facts if "tokenizer" in facts else {"tokenizer": str(files[0]), "json": content, "end": end}
 
 
 def checkpoint_tokenizer(checkpoint: dict, source: str | Path) -> dict:
@@ -462,7 +466,7 @@ def tokenizer_of(facts: dict) -> Tokenizer:
             raise ValueError("chars must be as many different characters as vocab_size says")
         return CharTokenizer(chars)
     if isinstance(facts.get("json"), str):
-        return SubwordTokenizer(name, facts["json"])
+        return SubwordTokenizer(name, facts["json"], facts.get("end", END))
     if name != "gpt2":
         raise UserError(f"tokenizer {name!r} is not supported; there are 'char', 'gpt2' and any with a tokenizer.json")
     quiet_hub(needed=True)

@@ -392,6 +392,34 @@ def test_the_end_token_survives_fine_tuning_and_export(with_end):
     assert tokenizer(["the", "the king and"], padding=True).input_ids[0][-1] == with_end
 
 
+@pytest.mark.parametrize("eos_token", ["</s>", {"content": "</s>", "special": True}])
+def test_an_end_token_of_another_name_is_kept_on_every_way(folder, capsys, monkeypatch, eos_token):
+    """Sampled from, fine-tuned and exported, each from the folder that the one before wrote."""
+    Path("mine.txt").write_text("the king and queen of this fair land did speak " * 200)
+    library = prepare.learned_bpe(prepare.Text(Path("mine.txt"), "me"), 280).library
+    library.add_special_tokens(["<|endoftext|>", "</s>"])  # both: what the folder says counts
+    end = library.token_to_id("</s>")
+    gpt2(**SHAPES[0] | {"vocab_size": library.get_vocab_size()}).save_pretrained("theirs")
+    library.save("theirs/tokenizer.json")
+    Path("theirs/tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    prepare.main(["--dataset=mine", "--input=mine.txt", "--tokenizer=theirs"])
+    train_here(dataset="mine", init_from="theirs", max_iters=1)
+    assert checkpoint()["tokenizer"]["end"] == "</s>"
+    sample.main(["--save_pretrained=tuned"])
+    sample.main(["--init_from=theirs", "--save_pretrained=exported"])
+    for folder in ("tuned", "exported"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", end)
+        for settings in ("config.json", "generation_config.json"):
+            assert json.loads(Path(folder, settings).read_text())["eos_token_id"] == end
+    king = library.encode("king").ids[0]
+    monkeypatch.setattr(GPT, "stream", lambda *_: iter(torch.tensor([king, end, king])[:, None, None]))
+    for source in ("theirs", "out", "tuned", "exported"):
+        capsys.readouterr()
+        sample.main([f"--init_from={source}", "--start=the "])
+        assert capsys.readouterr().out == f"the {library.decode([king])}\n"
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_text_ends_at_the_end_token_each_at_its_own(with_end, capsys, monkeypatch, n):
     tokenizer = sample.load("gpt2")[1]
