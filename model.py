@@ -212,7 +212,8 @@ class LanguageModel(nn.Module):
         # A chunk's logits are kept, in autocast's dtype; the backward pass computes their float32 softmax again.
         recomputed = partial(checkpoint, cross_entropy, use_reentrant=False, preserve_rng_state=False)
         chunk_loss = recomputed if len(idx) > rows else cross_entropy
-        return None, sum(chunk_loss(self.lm_head(x), target) * len(x) for x, target in chunks) / len(idx)
+        # Not a mean of means: a chunk may have fewer targets than another, or none.
+        return None, sum(chunk_loss(self.lm_head(x), target, "sum") for x, target in chunks) / (targets != -100).sum()
 
     @torch.no_grad()
     def initialize(self):
@@ -283,8 +284,8 @@ class LanguageModel(nn.Module):
             yield unread
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 def sample_token(
@@ -405,6 +406,10 @@ class GPT(LanguageModel):
         pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
         if report["missing_keys"] or report["mismatched_keys"]:  # which transformers initializes at random
             raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
+        masks = (".attn.bias", ".attn.masked_bias")  # which GPT-2's old attention stored
+        if unused := sorted(name for name in report["unexpected_keys"] if not name.endswith(masks)):
+            names = ", ".join(unused[:2]) + f" and {len(unused) - 2} more" * (len(unused) > 2)
+            raise ValueError(f"{name_or_folder} has weights that its config.json does not promise: {names}")
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)
         model = cls(GPTConfig(*sizes, dropout))
         load_weights(model, transposed(pretrained.float().state_dict()))
@@ -478,6 +483,8 @@ def checkpoint_in(source: str | Path) -> Path | None:
     for path in (Path(source) / "best.pt", Path(source) / "ckpt.pt", Path(source)):
         if path.is_file():
             return path
+    if (Path(source) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{source} holds an adapter: merge it into its model first, by peft's merge_and_unload")
     if source in GPT2_NAMES or (Path(source) / "config.json").is_file():
         return None
     others = ", ".join(sorted({path.parent.as_posix() for path in Path("out").rglob("*.pt")}))
@@ -597,7 +604,7 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(f"float16 needs the loss scaling of a cuda device, found {device}; use bfloat16 or float32")
     # bfloat16 is faster with AMX, and with AVX-512's instructions for it on an AMD EPYC. On an Intel Xeon (family 6,
     # model 207) without its AMX, a step of the small recipe takes 1.6 times as long as in float32.
-    cpu = torch.cpu.get_capabilities()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch below 2.11 does not tell: float32
     fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
     return torch.bfloat16 if name == "auto" and device.type == "cpu" and fast else choose_dtype(name, device)
 

@@ -35,9 +35,9 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TOKEN = np.dtype("<u2")  # train.bin and val.bin hold only token ids: little-endian uint16, as in nanoGPT
 MAX_VOCAB_SIZE = 2**16
-END = "<|endoftext|>"  # GPT-2's token between two texts
+END = "<|endoftext|>"  # GPT-2's token between two texts; the facts of another tokenizer may name its own
 GPT2_FACTS = {"tokenizer": "gpt2", "vocab_size": 50257}
-TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json")  # what meta.json and a checkpoint say of a tokenizer
+TOKENIZER_FACTS = ("tokenizer", "vocab_size", "chars", "json", "end")  # in meta.json and in a checkpoint
 PIECE = 2**20  # how much is read at once: characters of a text, bytes of a download
 LEARN_FROM = 2**26  # a BPE is learned from at most so many bytes of the text
 TIMEOUT = (10, 30)  # of a download, in seconds: to connect, and between two pieces of data
@@ -117,7 +117,7 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     """
     made_of_the_text = config.tokenizer in ("char", "bpe")
     tokenizer = None if made_of_the_text else given_tokenizer(config.tokenizer)  # fails before a long download
-    text = find_text(config, folder / "input.txt")
+    text = find_text(config, folder / "input.txt", tokenizer)
     counts = count_characters(text)
     if config.tokenizer == "char":
         tokenizer = CharTokenizer("".join(counts))
@@ -258,10 +258,10 @@ def not_utf8(path: object, found: str) -> UserError:
     return UserError(f"{path} is not UTF-8 text: {found}; convert it from its encoding, for instance: {way}")
 
 
-def find_text(config: PrepareConfig, path: Path) -> Text:
+def find_text(config: PrepareConfig, path: Path, tokenizer: "Tokenizer | None") -> Text:
     """The text of --input or --url, else the dataset's own, `path`, which is fetched if it is a known one."""
     if config.input:
-        text = Text(Path(config.input), config.input, END if config.tokenizer == "gpt2" else "\n")
+        text = Text(Path(config.input), config.input, tokenizer.facts.get("end", "\n") if tokenizer else "\n")
         if not text.files:
             raise ConfigError(f"--input: there is no file, or folder with .txt files, {config.input}")
         return text
@@ -381,10 +381,11 @@ class CharTokenizer:
 class SubwordTokenizer:
     """What Hugging Face's library `tokenizers` makes of a text: GPT-2's tokens, a BPE learned here, any tokenizer.json.
 
-    `content` is that of a tokenizer.json. Raises many types of exceptions for an unusable one.
+    `content` is that of a tokenizer.json, `end` the token that ends a text, where it has one. Raises many types of
+    exceptions for an unusable one.
     """
 
-    def __init__(self, name: str, content: str):
+    def __init__(self, name: str, content: str, end: str = END):
         import tokenizers
 
         self.library = tokenizers.Tokenizer.from_str(content)
@@ -393,7 +394,8 @@ class SubwordTokenizer:
         self.library.post_processor = None  # it only adds tokens to those of the text
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self.facts = {"tokenizer": name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
-        self.end = self.library.token_to_id(END)
+        self.end = self.library.token_to_id(end)
+        self.facts |= {} if self.end is None else {"end": end}
 
     @explained("the tokenizer cannot encode this text")
     def encode(self, text: str) -> np.ndarray:
@@ -452,8 +454,10 @@ def tokenizer_facts(path: Path) -> dict:
 
         return checkpoint_tokenizer(torch.load(files[0], map_location="cpu", mmap=True, weights_only=True), files[0])
     content = files[0].read_text(encoding="utf-8")
-    facts = json.loads(content)
-    return facts if "tokenizer" in facts else {"tokenizer": str(files[0]), "json": content}
+    facts, beside = json.loads(content), files[0].with_name("tokenizer_config.json")  # of Hugging Face's format
+    end = (json.loads(beside.read_bytes()) if beside.is_file() else {}).get("eos_token") or END
+    end = end["content"] if isinstance(end, dict) else end
+    return facts if "tokenizer" in facts else {"tokenizer": str(files[0]), "json": content, "end": end}
 
 
 def checkpoint_tokenizer(checkpoint: dict, source: str | Path) -> dict:
@@ -483,7 +487,7 @@ def tokenizer_of(facts: dict) -> Tokenizer:
             raise ValueError("chars must be as many different characters as vocab_size says")
         return CharTokenizer(chars)
     if isinstance(facts.get("json"), str):
-        return SubwordTokenizer(name, facts["json"])
+        return SubwordTokenizer(name, facts["json"], facts.get("end", END))
     if name != "gpt2":
         raise UserError(f"tokenizer {name!r} is not supported; there are 'char', 'gpt2' and any with a tokenizer.json")
     quiet_hub(needed=True)

@@ -44,7 +44,7 @@ class SampleConfig:
     temperature: float = key(0.8, "below 1 safer, above 1 wilder; 0: always the likeliest token", least=0)
     top_k: int | None = key(None, "choose among the k likeliest tokens only", least=1)
     top_p: float | None = key(None, "choose among the fewest tokens with this total probability", above=0, most=1)
-    stop_at_end: bool = key(True, f"end a text at {prepare.END}, where the tokenizer has it as a token of its own")
+    stop_at_end: bool = key(True, "end a text at the token that ends one, <|endoftext|> in GPT-2, where there is one")
     seed: int = key(1337, "the same seed gives the same text", least=0, below=2**63)
     device: str = key("auto", "cuda, cuda:N, mps or cpu; auto: the first that is available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
@@ -124,13 +124,20 @@ def opened(source: str | Path) -> tuple[LanguageModel, Tokenizer, str]:
     return model, tokenizer, f"{path}, step {checkpoint['step']}" if path else f"{source}"
 
 
+# The files of an export, and the names of all that transformers looks for in its folder.
+WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+READ = r".*\.(json|safetensors|bin|model|jinja)|(merges|vocab)\.txt|additional_chat_templates"
+
+
 def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer."""
+    """Write what transformers opens with AutoModelForCausalLM and AutoTokenizer. Raises UserError."""
     if not isinstance(model, GPT):
         raise UserError("only a GPT can be saved in Hugging Face's format, this is a bigram table")
+    if others := sorted({path.name for path in folder.glob("*") if re.fullmatch(READ, path.name)} - WRITTEN):
+        raise ConfigError(f"{folder} holds other files that transformers reads: {', '.join(others)}; take another one")
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if tokenizer.end is not None:
-        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), prepare.END)
+        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.facts["end"])
     with explained(f"cannot write {folder}"):
         model.config.require_gpt2()  # before anything is replaced
         folder.mkdir(parents=True, exist_ok=True)

@@ -131,12 +131,13 @@ def test_another_architecture_is_refused(folder):
 
 
 def test_the_layout_of_gpt2_on_the_hub_is_read_too(folder):
-    """Its file has no prefix "transformer.", no lm_head, and the mask of old attention."""
+    """Its file has no prefix "transformer.", no lm_head, and the masks of old attention."""
     theirs = gpt2(**SHAPES[0])
     theirs.save_pretrained("gpt2")
     weights = {name.removeprefix("transformer."): w.clone() for name, w in theirs.state_dict().items()}
     del weights["lm_head.weight"]
     weights |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
+    weights |= {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
     save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
     idx = token_ids(SHAPES[0])
     torch.testing.assert_close(GPT.from_pretrained("gpt2").eval()(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
@@ -150,6 +151,38 @@ def test_weights_that_a_folder_lacks_are_not_made_up(folder):
         UserError, match=r"^cannot open gpt2 \(ValueError: gpt2 has not all the weights that its config.json"
     ):
         sample.load("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["h.2.ln_1.bias"], r"h\.2\.ln_1\.bias"),
+        (
+            ["h.0.attn.lora_B.weight", "h.0.attn.lora_A.weight"],
+            r"h\.0\.attn\.lora_A\.weight, h\.0\.attn\.lora_B\.weight",
+        ),
+        (
+            [f"h.0.mlp.scale_{i}.bias" for i in range(7)],
+            r"h\.0\.mlp\.scale_0\.bias, h\.0\.mlp\.scale_1\.bias and 5 more",
+        ),
+    ],
+)
+def test_weights_that_the_model_has_no_place_for_are_not_dropped(folder, names, told):
+    gpt2(**SHAPES[0]).save_pretrained("gpt2")
+    weights = load_file("gpt2/model.safetensors") | {name: torch.zeros(32) for name in names}
+    save_file(weights, "gpt2/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^cannot open gpt2 \(.* gpt2 has weights .* not promise: {told}\)"):
+        sample.load("gpt2")
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_an_adapter_is_no_model_and_is_not_left_out_beside_one(gpt2_folder, config):
+    (gpt2_folder / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
+    if not config:
+        (gpt2_folder / "config.json").unlink()
+    for work in (lambda: sample.main(["--init_from=gpt2"]), lambda: train_here(init_from="gpt2")):
+        with pytest.raises(ConfigError, match=r"^gpt2 holds an adapter: merge it into its model first, by peft"):
+            work()
 
 
 def test_a_strangers_folder_runs_no_code(folder):
@@ -359,6 +392,34 @@ def test_the_end_token_survives_fine_tuning_and_export(with_end):
     assert tokenizer(["the", "the king and"], padding=True).input_ids[0][-1] == with_end
 
 
+@pytest.mark.parametrize("eos_token", ["</s>", {"content": "</s>", "special": True}])
+def test_an_end_token_of_another_name_is_kept_on_every_way(folder, capsys, monkeypatch, eos_token):
+    """Sampled from, fine-tuned and exported, each from the folder that the one before wrote."""
+    Path("mine.txt").write_text("the king and queen of this fair land did speak " * 200)
+    library = prepare.learned_bpe(prepare.Text(Path("mine.txt"), "me"), 280).library
+    library.add_special_tokens(["<|endoftext|>", "</s>"])  # both: what the folder says counts
+    end = library.token_to_id("</s>")
+    gpt2(**SHAPES[0] | {"vocab_size": library.get_vocab_size()}).save_pretrained("theirs")
+    library.save("theirs/tokenizer.json")
+    Path("theirs/tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    prepare.main(["--dataset=mine", "--input=mine.txt", "--tokenizer=theirs"])
+    train_here(dataset="mine", init_from="theirs", max_iters=1)
+    assert checkpoint()["tokenizer"]["end"] == "</s>"
+    sample.main(["--save_pretrained=tuned"])
+    sample.main(["--init_from=theirs", "--save_pretrained=exported"])
+    for folder in ("tuned", "exported"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", end)
+        for settings in ("config.json", "generation_config.json"):
+            assert json.loads(Path(folder, settings).read_text())["eos_token_id"] == end
+    king = library.encode("king").ids[0]
+    monkeypatch.setattr(GPT, "stream", lambda *_: iter(torch.tensor([king, end, king])[:, None, None]))
+    for source in ("theirs", "out", "tuned", "exported"):
+        capsys.readouterr()
+        sample.main([f"--init_from={source}", "--start=the "])
+        assert capsys.readouterr().out == f"the {library.decode([king])}\n"
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_text_ends_at_the_end_token_each_at_its_own(with_end, capsys, monkeypatch, n):
     tokenizer = sample.load("gpt2")[1]
@@ -443,6 +504,31 @@ def test_an_export_that_fails_leaves_the_old_one(dataset, capsys, monkeypatch):
     Path("file").touch()
     with pytest.raises(FileExistsError):
         sample.main(["--save_pretrained=file"])
+
+
+def test_an_export_does_not_mix_with_the_files_of_another(dataset):
+    train_here(max_iters=1)
+    for kept in ("README.md", ".gitattributes", ".git/config.json", "notes.txt", "ckpt.pt"):
+        (Path("hf") / kept).parent.mkdir(parents=True, exist_ok=True)
+        (Path("hf") / kept).touch()
+    sample.main(["--save_pretrained=hf"])
+    sample.main(["--save_pretrained=hf"])  # over an own one
+    content = {path.name: path.read_bytes() for path in Path("hf").glob("*.*") if path.is_file()}
+    for name in (
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "model-00001-of-00002.safetensors",
+        "pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "chat_template.jinja",
+        "tokenizer.model",
+    ):  # fmt: skip
+        Path("hf", name).touch()
+        Path("hf/config.json").write_text("of another")
+        with pytest.raises(
+            ConfigError, match=rf"^hf holds other files that transformers reads: {name}; take another one$"
+        ):
+            sample.main(["--save_pretrained=hf"])
+        Path("hf", name).unlink()
+        assert content | {"config.json": b"of another"} == {
+            path.name: path.read_bytes() for path in Path("hf").glob("*.*") if path.is_file()
+        }
 
 
 def test_an_export_that_is_killed_leaves_nothing_beside_its_folder_and_is_not_taken_for_whole(dataset):

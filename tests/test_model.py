@@ -211,6 +211,32 @@ def test_the_loss_without_logits_is_the_same_with_the_same_gradients(monkeypatch
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 5])
+def test_masked_targets_count_neither_in_the_whole_loss_nor_in_parts(monkeypatch, sequences):
+    monkeypatch.setattr("model.MAX_LOGITS", sequences * 16 * 11)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    x, y = torch.randint(11, (2, 5, 16))
+    y[:, :3] = y[1] = y[3, 5:] = -100  # sequences with 13, 0, 13, 2 and 13 targets
+    found = []
+    for need_logits in (True, False):
+        loss = model(x, y, need_logits)[1]
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert found[0][0].isfinite()
+    torch.testing.assert_close(*found, atol=1e-7, rtol=1e-5)
+
+
+def test_of_an_undivided_batch_the_loss_without_logits_has_the_same_bits():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    x, y = torch.randint(11, (2, 7, 13))  # numbers that are no powers of two
+    found = []
+    for need_logits in (True, False):
+        loss = model(x, y, need_logits)[1]
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(map(torch.equal, *found))
+
+
 def test_of_a_divided_batch_no_float32_softmax_is_kept_and_the_bits_are_those_with_it(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL))

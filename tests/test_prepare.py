@@ -349,18 +349,32 @@ def test_a_folder_is_its_texts_in_the_order_of_their_names(folder):
         prepare.main(["--dataset=mine", "--input=texts"])
 
 
-def test_between_the_texts_of_a_folder_gpt2_has_its_end_token(folder, monkeypatch):
+@pytest.mark.parametrize("end", ["<|endoftext|>", "</s>", None])
+@pytest.mark.parametrize("source", ["gpt2", "theirs", "theirs/tokenizer.json", "data/other/meta.json", "run/best.pt"])
+def test_between_the_texts_of_a_folder_is_the_tokenizers_end_token(folder, monkeypatch, source, end):
+    """A newline where it has none."""
+    if (source, end) == ("gpt2", "</s>"):
+        pytest.skip("GPT-2's is <|endoftext|>")
     Path("learn.txt").write_text("one two three " * 500)
     library = prepare.learned_bpe(prepare.Text(Path("learn.txt"), "me"), 280).library
-    library.add_special_tokens(["<|endoftext|>"])
+    library.add_special_tokens([token for token in ("<pad>", end) if token])
     monkeypatch.setattr("tokenizers.Tokenizer.from_pretrained", lambda name: library)
     monkeypatch.setattr(prepare, "quiet_hub", lambda needed: None)
+    Path("theirs").mkdir()
+    library.save("theirs/tokenizer.json")
+    Path("theirs/tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    prepare.main(["--dataset=other", "--input=learn.txt", "--tokenizer=theirs"])
+    Path("run").mkdir()
+    meta = load_meta("other")
+    facts = {fact: meta[fact] for fact in prepare.TOKENIZER_FACTS if fact in meta}
+    torch.save({"tokenizer": facts}, "run/best.pt")
     Path("texts").mkdir()
     for name in "abc":
         Path("texts", f"{name}.txt").write_text("one two three " * 100)
-    prepare.main(["--dataset=mine", "--input=texts", "--tokenizer=gpt2"])
-    ids = np.concatenate([np.fromfile(f"data/mine/{split}.bin", "<u2") for split in ("train", "val")])
-    assert (ids == library.token_to_id("<|endoftext|>")).sum() == 2
+    prepare.main(["--dataset=mine", "--input=texts", f"--tokenizer={source}"])
+    meta, ids = load_all("mine")
+    assert (ids == library.token_to_id(end or "\u010a")).sum() == 2  # a newline, in the alphabet of bytes
+    assert meta.get("end") == end
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
