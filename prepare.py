@@ -193,18 +193,6 @@ def unknown_characters(text: "Text", counts: dict[str, int], tokenizer: "Tokeniz
     return "".join(unknown)
 
 
-def prepared(dataset: str) -> dict:
-    """meta.json of the dataset, which is prepared first where it is missing. A text that was edited since is told."""
-    meta, text = dataset_folder(dataset) / "meta.json", dataset_folder(dataset) / "input.txt"
-    if not meta.exists():
-        prepare(PrepareConfig(dataset=dataset), overwrite=False)
-    elif text.exists() and text.stat().st_mtime > meta.stat().st_mtime + 60:
-        # Not at once, for the files of a copied folder may get their times in any order.
-        again = f"python prepare.py {flag('dataset', dataset)} {flag('tokenizer', meta)}"
-        show(f"{text} is newer than its tokens, which do not follow it: {again} prepares it again")
-    return load_meta(dataset)
-
-
 def dataset_folder(dataset: str) -> Path:
     """data/<dataset>; raises ConfigError for a name that could lead out of data/."""
     if not re.fullmatch(r"\w[\w.-]*", dataset):
@@ -433,17 +421,17 @@ def learned_bpe(text: Text, vocab_size: int) -> SubwordTokenizer:
     return SubwordTokenizer("bpe", library.to_str())
 
 
-# A tokenizer is stored as its facts (TOKENIZER_FACTS), in meta.json and in a checkpoint. `tokenizer_facts` finds them
-# in a file, `checkpoint_tokenizer` in an opened checkpoint; `tokenizer_of` makes the tokenizer from them.
+# A tokenizer is stored as its facts (TOKENIZER_FACTS), in meta.json and in a checkpoint. `file_facts` finds them
+# in a file, `checkpoint_facts` in an opened checkpoint; `tokenizer_of` makes the tokenizer from them.
 
 
 def given_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer names. Raises ConfigError."""
     with explained(f"--tokenizer={name} is not usable", kind=ConfigError):
-        return tokenizer_of(GPT2_FACTS if name == "gpt2" else tokenizer_facts(Path(name)))
+        return tokenizer_of(GPT2_FACTS if name == "gpt2" else file_facts(Path(name)))
 
 
-def tokenizer_facts(path: Path) -> dict:
+def file_facts(path: Path) -> dict:
     """The facts in a checkpoint, a tokenizer.json, a folder with one of them, or a meta.json. Raises ConfigError."""
     files = [file for file in (path, path / "best.pt", path / "ckpt.pt", path / "tokenizer.json") if file.is_file()]
     if not files or files[0].suffix not in (".pt", ".json"):
@@ -452,15 +440,18 @@ def tokenizer_facts(path: Path) -> dict:
     if files[0].suffix == ".pt":
         import torch
 
-        return checkpoint_tokenizer(torch.load(files[0], map_location="cpu", mmap=True, weights_only=True), files[0])
+        return checkpoint_facts(torch.load(files[0], map_location="cpu", mmap=True, weights_only=True), files[0])
     content = files[0].read_text(encoding="utf-8")
-    facts, beside = json.loads(content), files[0].with_name("tokenizer_config.json")  # of Hugging Face's format
-    end = (json.loads(beside.read_bytes()) if beside.is_file() else {}).get("eos_token") or END
+    facts = json.loads(content)
+    if "tokenizer" in facts:  # a meta.json
+        return facts
+    settings = files[0].with_name("tokenizer_config.json")  # of Hugging Face's format
+    end = json.loads(settings.read_bytes()).get("eos_token") if settings.is_file() else None
     end = end["content"] if isinstance(end, dict) else end
-    return facts if "tokenizer" in facts else {"tokenizer": str(files[0]), "json": content, "end": end}
+    return {"tokenizer": str(files[0]), "json": content, "end": end or END}
 
 
-def checkpoint_tokenizer(checkpoint: dict, source: str | Path) -> dict:
+def checkpoint_facts(checkpoint: dict, source: str | Path) -> dict:
     """The facts in a checkpoint that was read from the file `source`. Raises KeyError for what is no checkpoint.
 
     nanoGPT's has none: they are GPT-2's, or in its dataset's meta.json. Raises UserError if the vocab_size differs.
@@ -514,14 +505,6 @@ def quiet_hub(needed: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # use the cache, or fail at once; else it tries for 24 s
 
 
-def first_token(tokenizer: Tokenizer) -> int:
-    """The default prompt: a newline, else token 0."""
-    try:
-        return int(tokenizer.encode("\n")[0])
-    except (UserError, ValueError, IndexError):
-        return 0
-
-
 def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yield the text of the tokens as they come, in whole characters: one may take several tokens."""
     before, new = [], []  # the tokens whose text was yielded last, and those that came since
@@ -537,6 +520,18 @@ def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 # Reading back
+
+
+def prepared(dataset: str) -> dict:
+    """meta.json of the dataset, which is prepared first where it is missing. A text that was edited since is told."""
+    meta, text = dataset_folder(dataset) / "meta.json", dataset_folder(dataset) / "input.txt"
+    if not meta.exists():
+        prepare(PrepareConfig(dataset=dataset), overwrite=False)
+    elif text.exists() and text.stat().st_mtime > meta.stat().st_mtime + 60:
+        # Not at once, for the files of a copied folder may get their times in any order.
+        again = f"python prepare.py {flag('dataset', dataset)} {flag('tokenizer', meta)}"
+        show(f"{text} is newer than its tokens, which do not follow it: {again} prepares it again")
+    return load_meta(dataset)
 
 
 def load_meta(dataset: str) -> dict:

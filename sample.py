@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from pathlib import Path
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     config = read(SampleConfig, argv)
     with as_config_error():
         device = choose_device(config.device)
-    model, tokenizer, which = opened(config.init_from or config.out_dir)
+    model, tokenizer, which = open_trained(config.init_from or config.out_dir)
     if config.save_pretrained:
         put(f"{which}\n", sys.stderr)
         return save_pretrained(model, tokenizer, Path(config.save_pretrained))
@@ -87,9 +88,14 @@ def main(argv: list[str]) -> None:
 
 
 def prompt(start: str | None, tokenizer: Tokenizer) -> Tensor:
-    """Token ids (1, T) of what --start says. Raises ConfigError for a text that cannot be read or encoded."""
+    """Token ids (1, T) of what --start says, by default a newline, or else token 0.
+
+    Raises ConfigError for a text that cannot be read or encoded.
+    """
     if start is None:
-        return torch.tensor([[prepare.first_token(tokenizer)]])
+        with suppress(UserError, ValueError):  # a vocabulary may lack it
+            return encoded("\n", tokenizer)
+        return torch.tensor([[0]])
     try:
         if start.startswith("FILE:"):
             text = "".join(prepare.read_pieces(Path(start.removeprefix("FILE:")).expanduser()))
@@ -108,7 +114,7 @@ def encoded(text: str, tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64))[None]
 
 
-def opened(source: str | Path) -> tuple[LanguageModel, Tokenizer, str]:
+def open_trained(source: str | Path) -> tuple[LanguageModel, Tokenizer, str]:
     """A trained model, on the CPU, its tokenizer, and what to say of where they are from. Raises UserError."""
     with as_config_error():
         path = checkpoint_in(source)
@@ -117,7 +123,7 @@ def opened(source: str | Path) -> tuple[LanguageModel, Tokenizer, str]:
     with explained(f"cannot open {path or source}", "; restore a copy, or name another one"):
         model, checkpoint = open_model(path or source)
     with explained(f"{path or source} has no usable tokenizer"):
-        facts = prepare.tokenizer_facts(Path(path or source)) if Path(source).exists() else prepare.GPT2_FACTS
+        facts = prepare.file_facts(Path(path or source)) if Path(source).exists() else prepare.GPT2_FACTS
         tokenizer = prepare.tokenizer_of(facts)
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens for a vocabulary of {model.config.vocab_size}")
@@ -154,7 +160,7 @@ def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) ->
 
 def load(source: str | Path) -> tuple[LanguageModel, Tokenizer]:
     """A trained model and its tokenizer: `source` as for `open_model` of model.py. Raises UserError."""
-    return opened(source)[:2]
+    return open_trained(source)[:2]
 
 
 def write(model: LanguageModel, tokenizer: Tokenizer, text: str, max_new_tokens: int = 500, **choice: object) -> str:

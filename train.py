@@ -41,7 +41,7 @@ from model import (
     GPT, MODELS, GPTConfig, LanguageModel, checkpoint_in, choose_device, open_model, peak_flops, training_dtype,
 )  # fmt: skip
 from prepare import (
-    TOKENIZER_FACTS, Tokens, checkpoint_tokenizer, dataset_folder, load_meta, locked, prepared, quiet_hub, replacing,
+    TOKENIZER_FACTS, Tokens, checkpoint_facts, dataset_folder, load_meta, locked, prepared, quiet_hub, replacing,
 )  # fmt: skip
 # isort: on
 
@@ -552,7 +552,7 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
             saved |= {fact: checkpoint[fact] for fact in TEXT_FACTS if fact in checkpoint}
             saved["optimizer_class"] = checkpoint.get("optimizer", {}).get("class")
         if checkpoint:  # Hugging Face's format tells nothing of its tokens but their number
-            saved |= checkpoint_tokenizer(checkpoint, path)
+            saved |= checkpoint_facts(checkpoint, path)
         shape = asdict(model.config) | {"model": type(model).__name__.lower()}
         saved |= {name: shape[name] for name in (*SHAPE, "vocab_size")}
     return Source(path, resuming, model, checkpoint, saved)

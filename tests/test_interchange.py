@@ -687,7 +687,7 @@ def test_a_padded_vocabulary_of_nanogpt_is_cropped_to_gpt2s(dataset, monkeypatch
     theirs = nanogpt("nano/ckpt.pt", vocab_size=50304)
     monkeypatch.chdir("nano")  # where there is no data/
     ours, content = open_model(Path("ckpt.pt"))
-    assert prepare.checkpoint_tokenizer(content, "ckpt.pt") == {"tokenizer": "gpt2", "vocab_size": 50257}
+    assert prepare.checkpoint_facts(content, "ckpt.pt") == {"tokenizer": "gpt2", "vocab_size": 50257}
     ours.eval()
     idx = torch.randint(50257, (2, 16))
     torch.testing.assert_close(ours(idx)[0], theirs(idx)[0][..., :50257])
