@@ -552,7 +552,7 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
             saved |= {fact: checkpoint[fact] for fact in TEXT_FACTS if fact in checkpoint}
             saved["optimizer_class"] = checkpoint.get("optimizer", {}).get("class")
         if checkpoint:  # Hugging Face's format tells nothing of its tokens but their number
-            saved |= checkpoint_facts(checkpoint, path)
+            saved = saved | checkpoint_facts(checkpoint, path)
         shape = asdict(model.config) | {"model": type(model).__name__.lower()}
         saved |= {name: shape[name] for name in (*SHAPE, "vocab_size")}
     return Source(path, resuming, model, checkpoint, saved)
@@ -719,7 +719,7 @@ def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Pr
     compiling = config.compile is True or (auto and flops_of_run(model, config) > COMPILE_FROM)
     try:
         if compiling:
-            torch.compile(torch.exp)(torch.ones(1, device=process.device))  # is there a compiler that works?
+            try_compiler(process.device)
             model = torch.compile(model)
         elif auto and process.world_size == config.gradient_accumulation_steps == 1:
             model = in_cuda_graphs(model, config, process)
@@ -727,6 +727,15 @@ def compiled_and_parallel(model: LanguageModel, config: TrainConfig, process: Pr
         what = "torch.compile" if compiling else "a CUDA graph"
         show(f"{what} does not work here ({type(error).__name__}): training without it")
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if process.world_size > 1 else model
+
+
+def try_compiler(device: torch.device) -> None:
+    """Raises an exception where no compiler works, or wrongly: on a CPU, torch 2.6 loses gradients of embeddings."""
+    table = torch.ones(2, 16, device=device, requires_grad=True)
+    ids = torch.zeros(64, dtype=torch.int64, device=device)
+    torch.compile(lambda ids: nn.functional.embedding(ids, table).sum())(ids).backward()
+    if table.grad[0, 0] != len(ids):
+        raise ArithmeticError
 
 
 def in_cuda_graphs(model: LanguageModel, config: TrainConfig, process: Process) -> Callable:
