@@ -1819,10 +1819,10 @@ def init(**settings):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_weights_and_biases_is_a_line_of_a_recipe(dataset, rank):
-    """As the README has it: init comes before the writer that it follows, and in process 0 alone."""
+    """As the comment in gpt2_124m.py has it: init comes before the writer that it follows, in process 0 alone."""
     Path("wandb.py").write_text(WANDB)
-    [lines] = re.findall(r"^```\n(import os, wandb.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
-    Path("recipe.py").write_text(lines)
+    lines = re.findall(r"^#     (.*(?:wandb|tensorboard).*)", (REPOSITORY / "config/gpt2_124m.py").read_text(), re.M)
+    Path("recipe.py").write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": f".:{REPOSITORY}", "RANK": str(rank)}
     program = "import sys, train; train.main(sys.argv[1:])"
     argv = [sys.executable, "-c", program, "recipe.py", *tiny(max_iters=1)]
