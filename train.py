@@ -178,7 +178,8 @@ def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig
     model = compiled_and_parallel(state.model, config, process)
     with StopSignals() as signals:
         while True:
-            stop = process.max_over_processes(signals.received)  # during an evaluation: seen here, a step later
+            # All processes agree on it. A signal that comes during an evaluation is seen after one more step.
+            stop = process.max_over_processes(signals.received)
             evaluating = evaluation_due(state.step, config)
             if evaluating or stop:  # saved first, so that a kill during the evaluation costs no step
                 state.save("ckpt.pt", config, process)
@@ -299,9 +300,10 @@ class Optimizer:
                 moments["steps"] = [torch.zeros((), device=p.device) for p in params]
             group = {"params": params, "lr": 0.0, "weight_decay": decay, "update": getattr(self, rule)}
             self.param_groups.append(group | moments)
-            # By name for checkpoints. Matrices of a stack are views, so to copy into them is to copy into the stack.
+            # By name, for checkpoints. The matrices of a stack are views of it: `load_state_dict` copies into them.
             for moment, values in moments.items():
-                self.state |= {f"{name}.{moment}": value for name, value in zip(named, values, strict=True)}
+                for name, value in zip(named, values, strict=True):
+                    self.state[f"{name}.{moment}"] = value
 
     @torch.no_grad()
     def step(self) -> None:
@@ -393,7 +395,7 @@ def mean_loss(
 
 def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> list[tuple[np.ndarray, int]]:
     """(starts, length) of batches of blocks that lie evenly over `among` tokens and have `n_tokens` together."""
-    starts = np.arange(0, n_tokens, length) * among // n_tokens
+    starts = np.arange(0, n_tokens, length) * among // n_tokens  # stretched, so blocks never overlap
     n_full = n_tokens // length
     batches = [(starts[i : min(i + rows, n_full)], length) for i in range(0, n_full, rows)]
     if rest := n_tokens % length:
@@ -462,8 +464,8 @@ class State:
         if self.step > 0 and val_loss <= self.best_val_loss:
             self.best_val_loss, self.best_step = val_loss, self.step
             self.save("best.pt", config, process)
-            # The ckpt.pt of before the evaluation lacks the new best. Resumed with a higher max_iters, a run may not
-            # evaluate at this step again.
+            # Again, now that it has the new best: if this is the last step, a run that is resumed with a higher max_iters
+            # does not evaluate here again, and would not know of it.
             self.save("ckpt.pt", config, process)
 
     def restore(self, checkpoint: dict) -> None:
@@ -480,13 +482,13 @@ class State:
 
 def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
     """The state that the run starts in, its data and processes."""
-    source = find_source(config)
+    source = find_source(config)  # opened by every process, pretrained weights, too
     if source:
         follow(source, config)  # first, for it may set any key: config.dataset, too
     process = join_processes(config)
     config.check(process.world_size)
     if process.rank == 0:
-        prepared(config.dataset)
+        prepared(config.dataset)  # may download it, while the others wait
     process.barrier()
     meta = load_meta(config.dataset)
     splits = {split: Tokens(config.dataset, split, meta, config.block_size) for split in ("train", "val")}
@@ -500,7 +502,8 @@ def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
     elif source:
         show(f"starting from {source.path}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_FOLLOWED}
-    facts = {"settings": settings, f"step of {config.path('ckpt.pt')}": state.step, "meta.json": meta | {"source": ""}}
+    text = meta | {"source": ""}  # wherever it came from
+    facts = {"settings": settings, f"step of {config.path('ckpt.pt')}": state.step, "meta.json": text}
     process.refuse_unequal(facts | {str(split.path): split.fingerprint() for split in splits.values()})
     show(f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters on {process}")
     warn_of_hours(state, config, process)
@@ -522,7 +525,8 @@ class Source:
 def find_source(config: TrainConfig) -> Source | None:
     """Raises ConfigError if the source does not exist, or if starting without it would overwrite a run."""
     path, best = config.path("ckpt.pt"), config.path("best.pt")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
+    # After a failure torchrun types the same command again: then "scratch" resumes, too.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if path.exists() and (config.init_from != "scratch" or restarted):
         return open_source(path, True, config)
     if config.init_from == "scratch":
@@ -543,6 +547,7 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
     quiet_hub(needed=not Path(path).exists())
     with explained(f"cannot open {path}", "; restore a copy, or name another one"):
         model, checkpoint = open_model(path)
+        # A shorter context than that of pretrained weights may be asked for.
         if not resuming and isinstance(model, GPT) and "block_size" in config.given:
             model.crop(min(config.block_size, model.config.block_size))
         saved = {}
@@ -560,7 +565,8 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
 
 def follow(source: Source, config: TrainConfig) -> None:
     """Set the keys that were not given to what was saved, checked as if it were typed."""
-    if source.resuming and config.init_from in STARTS:  # which do not say from what weights the run once began
+    # auto, resume and scratch do not name the weights that the run began with; its checkpoint does.
+    if source.resuming and config.init_from in STARTS:
         config.init_from = source.saved["init_from"]
     changed, followed = [], []
     for name in [field.name for field in fields(config) if field.name in source.saved]:
@@ -590,7 +596,7 @@ def check_fits(source: Source, state: State, config: TrainConfig) -> None:
     Only facts that both sides know are compared.
     """
     now = asdict(config) | state.meta | {"optimizer_class": type(state.optimizer).__name__}
-    facts = [*SHAPE, "vocab_size", "chars", "json"]
+    facts = [*SHAPE, "vocab_size", "chars", "json"]  # the last two are the content of a tokenizer
     if source.resuming:
         facts += ["optimizer", "optimizer_class", "init_from", *TEXT_FACTS]
     common = [(fact, source.saved[fact], now[fact]) for fact in facts if fact in source.saved and fact in now]
@@ -743,7 +749,6 @@ def in_cuda_graphs(model: LanguageModel, config: TrainConfig, process: Process) 
 
     Each replay overwrites the gradients, so they cannot be accumulated over micro-batches.
     """
-
     module = nn.Module()  # whose parameters are the model's, and whose output is the loss alone
     module.model = model
     module.forward = lambda x, y: model(x, y, need_logits=False)[1]
@@ -781,7 +786,7 @@ class Log:
         if config.tensorboard and process.rank == 0 and not config.eval_only:
             from torch.utils.tensorboard import SummaryWriter
 
-            first_repeated = state.step + 1 if state.step else 0
+            first_repeated = state.step + 1 if state.step else 0  # not the report of this step
             self.tensorboard = SummaryWriter(config.out_dir, purge_step=first_repeated)
 
     def kept_rows(self) -> list[dict[str, object]]:
@@ -831,8 +836,10 @@ class Log:
 
     def check_finite(self, loss: float, grad_norm: float) -> None:
         scale, in_float16 = self.state.scaler.get_scale(), self.state.scaler.is_enabled()
-        # In float16 the scaler skips a step whose gradients overflow, and halves the scale; below 1 that is hopeless.
-        overflows = scale < 1 if in_float16 else not math.isfinite(grad_norm)
+        if in_float16:  # the scaler skips a step whose gradients overflow, and halves the scale; below 1, to no avail
+            overflows = scale < 1
+        else:
+            overflows = not math.isfinite(grad_norm)
         if overflows or not math.isfinite(loss):
             scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
             raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", self.state.step, self.config)
