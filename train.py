@@ -464,8 +464,8 @@ class State:
         if self.step > 0 and val_loss <= self.best_val_loss:
             self.best_val_loss, self.best_step = val_loss, self.step
             self.save("best.pt", config, process)
-            # Again, now that it has the new best: if this is the last step, a run that is resumed with a higher max_iters
-            # does not evaluate here again, and would not know of it.
+            # Again, now that it has the new best: if this is the last step, a run resumed with a higher max_iters does
+            # not evaluate here again, and would not know of it.
             self.save("ckpt.pt", config, process)
 
     def restore(self, checkpoint: dict) -> None:
@@ -836,10 +836,8 @@ class Log:
 
     def check_finite(self, loss: float, grad_norm: float) -> None:
         scale, in_float16 = self.state.scaler.get_scale(), self.state.scaler.is_enabled()
-        if in_float16:  # the scaler skips a step whose gradients overflow, and halves the scale; below 1, to no avail
-            overflows = scale < 1
-        else:
-            overflows = not math.isfinite(grad_norm)
+        # In float16 the scaler skips a step whose gradients overflow, and halves the scale. Below 1 it is of no use.
+        overflows = scale < 1 if in_float16 else not math.isfinite(grad_norm)
         if overflows or not math.isfinite(loss):
             scaled = f" with the loss scaled by {scale}" if scale < 1 else ""
             raise diverged(f"loss is {loss}, gradient norm {grad_norm}{scaled}", self.state.step, self.config)
