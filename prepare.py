@@ -144,12 +144,15 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
             sha256.update(piece.encode())
         if not train_tokens or not val_tokens:
             raise UserError(f"{text.path} is too short for --val_fraction={config.val_fraction}: a split has no token")
-        # Until here the new tokens are in temporary files. Now files are replaced, in this order, so that meta.json
-        # never describes other tokens than those beside it: input.txt (--url did so already); the old meta.json is
-        # removed; val.bin and train.bin, as the block ends; the new meta.json, in `prepare`. After a kill in between
-        # there is no meta.json, and the same command makes the dataset again.
+        # Until here the new tokens are in temporary files. Now, in this order:
+        # 1. both are flushed: a full disk shows while the old dataset is whole
+        # 2. input.txt is replaced (--url did so already)
+        # 3. the old meta.json is removed: from here on the folder counts as incomplete
+        # 4. val.bin, then train.bin are replaced, as the block ends
+        # 5. the new meta.json is written, in `prepare`
+        # So meta.json never describes other tokens than those beside it. After a kill, the same command starts anew.
         for file in (train_bin, val_bin):
-            flush_to_disk(file)  # a full disk shows now, while the old files are still there
+            flush_to_disk(file)
         if config.input:
             with replacing(folder / "input.txt") as input_txt:
                 input_txt.writelines(piece.encode() for piece in text)
@@ -383,11 +386,12 @@ class SubwordTokenizer:
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self.facts = {"tokenizer": name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
         self.end = self.library.token_to_id(end)
-        self.facts |= {} if self.end is None else {"end": end}
+        if self.end is not None:
+            self.facts["end"] = end
 
     @explained("the tokenizer cannot encode this text")
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (uint16); a long text is divided among all cores. Raises UserError for one that has none."""
+        """Token ids (uint16); a long text is divided among all cores. Raises UserError for one it cannot encode."""
         encodings = self.library.encode_batch_fast(PARTS.findall(text), add_special_tokens=False)
         return np.array([id for encoding in encodings for id in encoding.ids], TOKEN)
 
@@ -511,7 +515,8 @@ def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     for id in itertools.chain(ids, [None]):  # None: the end
         if id is not None:
             new.append(id)
-        # Some tokenizers drop the space of the first token that they decode, so it is one of those before.
+        # Some tokenizers drop the space of the first token that they decode. So the tokens yielded last are decoded
+        # again in front of the new ones, and their text is cut off.
         n_shown = len(tokenizer.decode(np.array(before, TOKEN)))
         text = tokenizer.decode(np.array(before + new, TOKEN))[n_shown:]
         if text and (id is None or not text.endswith("\ufffd")):  # U+FFFD stands for an unfinished character
@@ -560,7 +565,8 @@ class Tokens:
         with explained(f"{self.path} is damaged", "; remove it, and prepare.py makes it anew"):
             promised = meta.get(f"{split}_tokens")
             growing = split == "train" and "shards" in meta  # train.bin may hold more shards than count
-            self.ids = np.memmap(self.path, TOKEN, "r", 0, promised if growing else None)  # refuses half a token
+            n_tokens = promised if growing else None  # None: all of them; numpy refuses half a token
+            self.ids = np.memmap(self.path, TOKEN, "r", shape=n_tokens)
             if promised not in (None, len(self)):
                 raise ValueError(f"it holds {len(self)} tokens, meta.json promises {promised}")
         if len(self) <= block_size:
@@ -600,7 +606,7 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     if not record.exists() and (train.exists() or val.exists()):
         raise UserError(f"{folder} has tokens but no shards.json, which says of what: move {train} and {val} away")
     with explained(f"{record} is damaged", f"; remove it and {train}"):
-        counts = json.loads(record.read_bytes()) if train.exists() else []
+        counts = json.loads(record.read_bytes()) if train.exists() else []  # without train.bin, all start anew
         if not isinstance(counts, list) or any(type(count) is not int or count <= 0 for count in counts):
             raise ValueError("it must hold the number of tokens of each shard")
         if counts and 2 * sum(counts) > train.stat().st_size:
@@ -608,7 +614,7 @@ def download_fineweb(config: PrepareConfig, folder: Path) -> dict[str, Any]:
     n_shards = config.shards or SHARDS
     missing = max(0, n_shards - len(counts)) + (not val.exists())
     show(f"{folder}: {n_shards} of FineWeb's {SHARDS} shards, {0.2 * missing:.1f} GB to download")
-    write_json(record, counts)
+    write_json(record, counts)  # first: tokens without it are taken for another dataset's, above
     if not val.exists():
         with replacing(val) as file:
             add_shard("fineweb_val_000000.bin", file, folder)

@@ -124,7 +124,8 @@ def recipe(schema: type, path: str, derived: tuple[Path, ...] = ()) -> dict[str,
         symbols = symtable.symtable(file.read_bytes(), str(file), "exec").get_symbols()
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{file}: {type(error).__name__}: {error}") from None
-    # _names, imports, functions and classes are the recipe's own business; any other name must be a key.
+    # Any name must be a key, but for _names, imports, functions and classes. Only the symbol table tells an imported
+    # value from one that is assigned.
     own = {symbol.get_name() for symbol in symbols if symbol.is_imported() or symbol.is_namespace()}
     for name in sorted(names.keys() - keys(schema).keys() - own):
         if not name.startswith("_"):
@@ -147,12 +148,12 @@ def convert(schema: type, name: str, value: Any, where: str) -> Any:
         return CONSTANTS[text]
     if isinstance(value, str) and (value in allowed or str in allowed):  # a word of a Literal, or any text
         return os.path.expanduser(value) if value.startswith("~/") else value
-    with suppress(ValueError):  # not a number
+    with suppress(ValueError):  # of `float`: then it is no number
         number = float(text)
         if int in allowed and number.is_integer():  # 1e3 is a whole number, too
             number = int(Decimal(text))  # exact, also above 2**53
-        in_limits = all(holds(number, bound) for _, holds, bound in keys(schema)[name].metadata["limits"])
-        if type(number) in allowed and math.isfinite(number) and in_limits:  # where int is allowed alone, 1.5 is not
+        fits = type(number) in allowed and math.isfinite(number)  # where int is allowed alone, 1.5 does not fit
+        if fits and all(holds(number, bound) for _, holds, bound in keys(schema)[name].metadata["limits"]):
             return number
     raise ConfigError(f"{where} must be {requirement(schema, name)}, found {value!r}")
 
@@ -237,7 +238,7 @@ def explained(what: str, advice: str = "", kind: type[UserError] = UserError) ->
         # Only the system's errors have a number; libraries raise OSError without one.
         if getattr(error, "errno", None) or re.search(OUT_OF_MEMORY, str(error)):
             raise
-        reason = next(iter(str(error).splitlines()), "")
+        reason = str(error).partition("\n")[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run the file's code
             reason = "it holds more than tensors and plain values"
         raise kind(f"{what} ({type(error).__name__}: {reason}){advice}") from None
@@ -257,7 +258,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     The exit status is what `main` returns (None: 0), or
         2    for a mistake in the command, a recipe or a value: ConfigError
-        1    for anything else that the user can mend: UserError, OSError, a missing package, too little memory
+        1    for anything else that the user can mend: UserError, OSError, a missing package, too little memory, a lost
+             process
         130  for Ctrl-C
         141  for a closed pipe, without a line
     Any other exception is a bug and shows its traceback.
@@ -332,7 +334,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.before = {}  # {signal: the handler that it had}
         names = ["SIGINT", "SIGTERM", "SIGHUP"]
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun does not pass these on: they end it
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # sent to a whole job, these end torchrun itself
             names += ["SIGUSR1", "SIGUSR2", "SIGXCPU"]
         for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:  # Windows has two of them
             # One that is ignored stays so, as nohup wants; None means a handler from outside Python.
