@@ -518,7 +518,8 @@ class Source:
     resuming: bool  # out_dir's run
     model: LanguageModel
     checkpoint: dict  # what else the file holds; nothing in Hugging Face's format
-    saved: dict[str, Any]  # by name: all keys, tokenizer, text, class of the optimizer; pretrained: shape, tokenizer
+    keys: dict[str, Any]  # their saved values; of pretrained weights, those of the shape
+    facts: dict[str, Any]  # what it says of its tokenizer; of a run also of text and optimizer
     remarks: str = ""  # which keys differ from the saved ones, or follow them
 
 
@@ -550,27 +551,27 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
         # A shorter context than that of pretrained weights may be asked for.
         if not resuming and isinstance(model, GPT) and "block_size" in config.given:
             model.crop(min(config.block_size, model.config.block_size))
-        saved = {}
+        shape = asdict(model.config) | {"model": type(model).__name__.lower()}
+        keys, facts = {name: shape[name] for name in SHAPE}, {"vocab_size": shape["vocab_size"]}
+        if checkpoint:  # Hugging Face's format tells nothing else of its tokens
+            tokenizer = checkpoint_facts(checkpoint, path)
+            facts |= {name: fact for name, fact in tokenizer.items() if name in ("chars", "json")}
         if resuming:
             # A key that is newer than the checkpoint had its default then.
-            saved |= asdict(TrainConfig()) | checkpoint["config"]
-            saved |= {fact: checkpoint[fact] for fact in TEXT_FACTS if fact in checkpoint}
-            saved["optimizer_class"] = checkpoint.get("optimizer", {}).get("class")
-        if checkpoint:  # Hugging Face's format tells nothing of its tokens but their number
-            saved = saved | checkpoint_facts(checkpoint, path)
-        shape = asdict(model.config) | {"model": type(model).__name__.lower()}
-        saved |= {name: shape[name] for name in (*SHAPE, "vocab_size")}
-    return Source(path, resuming, model, checkpoint, saved)
+            keys = asdict(TrainConfig()) | checkpoint["config"] | keys
+            facts |= {name: checkpoint[name] for name in TEXT_FACTS if name in checkpoint}
+            facts["optimizer_class"] = checkpoint.get("optimizer", {}).get("class")
+    return Source(path, resuming, model, checkpoint, keys, facts)
 
 
 def follow(source: Source, config: TrainConfig) -> None:
-    """Set the keys that were not given to what was saved, checked as if it were typed."""
+    """Set the keys that were not given to their saved values, checked as if they were typed."""
     # auto, resume and scratch do not name the weights that the run began with; its checkpoint does.
     if source.resuming and config.init_from in STARTS:
-        config.init_from = source.saved["init_from"]
+        config.init_from = source.keys["init_from"]
     changed, followed = [], []
-    for name in [field.name for field in fields(config) if field.name in source.saved]:
-        before = convert(TrainConfig, name, source.saved[name], f"{source.path}: {name}")
+    for name in [field.name for field in fields(config) if field.name in source.keys]:
+        before = convert(TrainConfig, name, source.keys[name], f"{source.path}: {name}")
         now = getattr(config, name)
         if before != now and name in config.given:
             changed.append(f"{name} {short(before)} -> {short(now)}")
@@ -591,16 +592,14 @@ def new_state(model: LanguageModel, meta: dict, config: TrainConfig, process: Pr
 
 
 def check_fits(source: Source, state: State, config: TrainConfig) -> None:
-    """Raises ConfigError if shape or tokens differ; for a run also if optimizer, init_from or text differ.
+    """Raises ConfigError if shape or tokenizer differ; for a run also if optimizer, init_from or text differ.
 
-    Only facts that both sides know are compared.
+    A fact that the dataset does not tell cannot differ: nanoGPT's meta.json has no hash of its text.
     """
+    fixed = [*SHAPE, "optimizer", "init_from"] if source.resuming else SHAPE
+    before = {name: source.keys[name] for name in fixed} | source.facts
     now = asdict(config) | state.meta | {"optimizer_class": type(state.optimizer).__name__}
-    facts = [*SHAPE, "vocab_size", "chars", "json"]  # the last two are the content of a tokenizer
-    if source.resuming:
-        facts += ["optimizer", "optimizer_class", "init_from", *TEXT_FACTS]
-    common = [(fact, source.saved[fact], now[fact]) for fact in facts if fact in source.saved and fact in now]
-    different = [f"{fact} {short(before)} -> {short(after)}" for fact, before, after in common if before != after]
+    different = [name for name, value in before.items() if now.get(name, value) != value]
     if not different:
         return
     if source.resuming:
@@ -608,8 +607,8 @@ def check_fits(source: Source, state: State, config: TrainConfig) -> None:
     else:
         tokens = f"python prepare.py --dataset=NAME --input=FILE {flag('tokenizer', source.path)}"
         advice = f"leave out keys of the shape; {tokens} makes tokens that fit"
-    what = f"another model or text or optimizer than asked for ({', '.join(different)})"
-    raise ConfigError(f"{source.path} holds {what}; {advice}")
+    what = ", ".join(f"{name} {short(before[name])} -> {short(now[name])}" for name in different)
+    raise ConfigError(f"{source.path} holds another model or text or optimizer than asked for ({what}); {advice}")
 
 
 def resume(state: State, source: Source, config: TrainConfig) -> None:
@@ -622,7 +621,7 @@ def resume(state: State, source: Source, config: TrainConfig) -> None:
     show(f"resuming from {source.path} at step {state.step}{source.remarks}")
     # With eval_iters=0, batch_size does not change what is evaluated.
     evaluation = ("eval_iters", "batch_size") if config.eval_iters else ("eval_iters",)
-    other_tokens = any(getattr(config, name) != source.saved[name] for name in evaluation)
+    other_tokens = any(getattr(config, name) != source.keys[name] for name in evaluation)
     if state.best_step and (other_tokens or not config.path("best.pt").exists()):
         state.best_val_loss, state.best_step = math.inf, None
         show("best.pt is gone, or of another evaluation: the lowest loss starts over")
