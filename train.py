@@ -143,6 +143,7 @@ class TrainConfig:
         return rows
 
 
+# To add a key of the model, add a field above and one of the same name to GPTConfig.
 MODEL_KEYS = [name for name in TrainConfig.__annotations__ if name in GPTConfig.__annotations__]
 
 
@@ -173,12 +174,13 @@ def main(argv: list[str]) -> int | None:
 def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig, process: Process) -> int:
     """Take steps up to max_iters; returns the number of the signal that ended the run early, else 0.
 
-    A resumed run enters at the head of the loop, at ckpt.pt's step, so it repeats an evaluation that a kill cut off.
+    A resumed run enters at the head of the loop, at ckpt.pt's step: if an evaluation is due there, it is done again.
     """
     model = compiled_and_parallel(state.model, config, process)
     with StopSignals() as signals:
         while True:
-            # All processes agree on it. A signal that comes during an evaluation is seen after one more step.
+            # All processes agree on it. A signal that comes during an evaluation is seen after one more step; during the
+            # last one it changes nothing, for the run is done.
             stop = process.max_over_processes(signals.received)
             evaluating = evaluation_due(state.step, config)
             if evaluating or stop:  # saved first, so that a kill during the evaluation costs no step
@@ -225,7 +227,8 @@ def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfi
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.model.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients stay views of its buckets
+    # With DDP they are zeroed, not dropped: they are views of its buckets.
+    state.model.zero_grad(set_to_none=process.world_size == 1)
     return {"loss": total_loss, "grad_norm": grad_norm}
 
 
@@ -294,13 +297,13 @@ class Optimizer:
             params = list(named.values())
             decay = config.weight_decay if params[0].dim() == 2 else 0.0
             if rule == "muon":
-                moments = {"momentum": torch.zeros_like(torch.stack(params))}  # (n, rows, columns)
-            else:
+                moments = {"momentum": torch.zeros_like(torch.stack(params))}  # one stack of all: (n, rows, columns)
+            else:  # lists, of a tensor for each parameter
                 moments = {name: [torch.zeros_like(p) for p in params] for name in ("mean", "square")}
                 moments["steps"] = [torch.zeros((), device=p.device) for p in params]
             group = {"params": params, "lr": 0.0, "weight_decay": decay, "update": getattr(self, rule)}
             self.param_groups.append(group | moments)
-            # By name, for checkpoints. The matrices of a stack are views of it: `load_state_dict` copies into them.
+            # By name, for checkpoints. To iterate over a stack gives views of it: `load_state_dict` copies into them.
             for moment, values in moments.items():
                 for name, value in zip(named, values, strict=True):
                     self.state[f"{name}.{moment}"] = value
@@ -379,7 +382,8 @@ def mean_loss(
     at_once = 2**16 if process.device.type == "cuda" else 2**13  # tokens that keep the device busy
     rows = max(config.micro_batch_size(process.world_size), at_once // config.block_size)
     n_tokens = min(n_tokens, len(tokens) - 1)
-    batches = evaluation_batches(n_tokens, len(tokens) - 1 if spread else n_tokens, config.block_size, rows)
+    among = len(tokens) - 1 if spread else n_tokens  # the tokens over which the blocks lie
+    batches = evaluation_batches(n_tokens, among, config.block_size, rows)
     model.eval()
     sums = [torch.zeros((), device=process.device)]  # of the losses in each batch; a process may get no batch
     for i in range(process.rank, len(batches), process.world_size):
@@ -395,11 +399,12 @@ def mean_loss(
 
 def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> list[tuple[np.ndarray, int]]:
     """(starts, length) of batches of blocks that lie evenly over `among` tokens and have `n_tokens` together."""
-    starts = np.arange(0, n_tokens, length) * among // n_tokens  # stretched, so blocks never overlap
+    # Stretched by among / n_tokens, which is at least 1: the blocks lie apart and never overlap.
+    starts = np.arange(0, n_tokens, length) * among // n_tokens
     n_full = n_tokens // length
     batches = [(starts[i : min(i + rows, n_full)], length) for i in range(0, n_full, rows)]
     if rest := n_tokens % length:
-        batches.append((starts[n_full:], rest))  # a shorter block
+        batches.append((starts[n_full:], rest))  # the last block, a shorter one
     return batches
 
 
@@ -408,6 +413,7 @@ def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> lis
 
 # A key that was not given takes its saved value (`follow`), unless it is one of NOT_FOLLOWED. Shape and tokenizer and,
 # when a run is resumed, optimizer, init_from and text must be the saved ones (`check_fits`). Any other key may change.
+# init_from=auto, resume and scratch stand for the saved one; another name must equal it.
 NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
 SHAPE = ["model", *(name for name in MODEL_KEYS if name != "dropout")]
 TEXT_FACTS = ("sha256", "train_tokens", "shards")  # what meta.json and ckpt.pt say of the text and its size
@@ -415,19 +421,16 @@ TEXT_FACTS = ("sha256", "train_tokens", "shards")  # what meta.json and ckpt.pt 
 
 @dataclass
 class State:
-    """The complete state of a run; `step` counts finished optimizer steps.
+    """The complete state of a run; `step` counts finished optimizer steps. What is written, and when:
 
-    When         What is written                                           What a kill right after it costs
-    step 0       ckpt.pt; then best.pt of an older run is removed          the evaluation of step 0
-    report       a row of log.csv                                          the steps since ckpt.pt
-    evaluation   1. ckpt.pt                                                the evaluation
-                 2. if the loss is the lowest: best.pt, ckpt.pt again      the evaluation
-                 3. a row of log.csv                                       nothing
-    stop         ckpt.pt                                                   nothing
+    step 0        ckpt.pt; then best.pt of an older run is removed
+    evaluation    before it: ckpt.pt; after it: best.pt and ckpt.pt again, if the loss is the lowest; then a row of log.csv
+    report        a row of log.csv
+    stop          ckpt.pt
 
-    A resumed run starts from ckpt.pt and repeats what was lost, to the same bits on a CPU. The first row that it writes
-    replaces log.csv, without the rows that it repeats. Files are written under a temporary name, then renamed; only the
-    last row of log.csv may be torn.
+    A kill at any moment costs the time since ckpt.pt was written, and nothing else: a resumed run starts from it and
+    repeats what came later, to the same bits on a CPU. The first row that it writes replaces log.csv, without the rows
+    that it repeats. Files are written under a temporary name, then renamed; only the last row of log.csv may be torn.
     """
 
     model: LanguageModel
@@ -566,7 +569,6 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
 
 def follow(source: Source, config: TrainConfig) -> None:
     """Set the keys that were not given to their saved values, checked as if they were typed."""
-    # auto, resume and scratch do not name the weights that the run began with; its checkpoint does.
     if source.resuming and config.init_from in STARTS:
         config.init_from = source.keys["init_from"]
     changed, followed = [], []
@@ -785,8 +787,9 @@ class Log:
         if config.tensorboard and process.rank == 0 and not config.eval_only:
             from torch.utils.tensorboard import SummaryWriter
 
-            first_repeated = state.step + 1 if state.step else 0  # not the report of this step
-            self.tensorboard = SummaryWriter(config.out_dir, purge_step=first_repeated)
+            # Older points from purge_step on are dropped. The report of this step is kept; step 0 has none.
+            purge_step = state.step + 1 if state.step else 0
+            self.tensorboard = SummaryWriter(config.out_dir, purge_step=purge_step)
 
     def kept_rows(self) -> list[dict[str, object]]:
         """The rows of log.csv to keep: those up to this step, except an evaluation that is about to be repeated."""
