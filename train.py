@@ -179,8 +179,8 @@ def train(state: State, splits: dict[str, Tokens], log: Log, config: TrainConfig
     model = compiled_and_parallel(state.model, config, process)
     with StopSignals() as signals:
         while True:
-            # All processes agree on it. A signal that comes during an evaluation is seen after one more step; during the
-            # last one it changes nothing, for the run is done.
+            # All processes agree on it. A signal during an evaluation is seen after one more step; during the last
+            # evaluation it changes nothing, for the run is done.
             stop = process.max_over_processes(signals.received)
             evaluating = evaluation_due(state.step, config)
             if evaluating or stop:  # saved first, so that a kill during the evaluation costs no step
@@ -423,10 +423,10 @@ TEXT_FACTS = ("sha256", "train_tokens", "shards")  # what meta.json and ckpt.pt 
 class State:
     """The complete state of a run; `step` counts finished optimizer steps. What is written, and when:
 
-    step 0        ckpt.pt; then best.pt of an older run is removed
-    evaluation    before it: ckpt.pt; after it: best.pt and ckpt.pt again, if the loss is the lowest; then a row of log.csv
-    report        a row of log.csv
-    stop          ckpt.pt
+    step 0          ckpt.pt; then best.pt of an older run is removed
+    evaluation      ckpt.pt before it; after it, if the loss is the lowest, best.pt and ckpt.pt again; a row of log.csv
+    report          a row of log.csv
+    stop            ckpt.pt
 
     A kill at any moment costs the time since ckpt.pt was written, and nothing else: a resumed run starts from it and
     repeats what came later, to the same bits on a CPU. The first row that it writes replaces log.csv, without the rows
