@@ -406,8 +406,8 @@ class GPT(LanguageModel):
         pretrained, report = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
         if report["missing_keys"] or report["mismatched_keys"]:  # which transformers initializes at random
             raise ValueError(f"{name_or_folder} has not all the weights that its config.json promises")
-        masks = (".attn.bias", ".attn.masked_bias")  # which GPT-2's old attention stored
-        if unused := sorted(name for name in report["unexpected_keys"] if not name.endswith(masks)):
+        masks = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"  # which GPT-2's old attention stored
+        if unused := sorted(name for name in report["unexpected_keys"] if not re.fullmatch(masks, name)):
             names = ", ".join(unused[:2]) + f" and {len(unused) - 2} more" * (len(unused) > 2)
             raise ValueError(f"{name_or_folder} has weights that its config.json does not promise: {names}")
         sizes = (theirs.vocab_size, theirs.n_positions, theirs.n_layer, theirs.n_head, theirs.n_embd)

@@ -158,7 +158,8 @@ def tokenize(config: PrepareConfig, folder: Path) -> dict[str, Any]:
                 input_txt.writelines(piece.encode() for piece in text)
         (folder / "meta.json").unlink(missing_ok=True)
     sizes = {"train_tokens": train_tokens, "val_tokens": val_tokens, "val_bytes": val_bytes}
-    return tokenizer.facts | sizes | {"source": text.source, "sha256": sha256.hexdigest()}
+    origin = {"source": text.source, "sha256": sha256.hexdigest(), "val_fraction": config.val_fraction}
+    return tokenizer.facts | sizes | origin
 
 
 def write_tokens(text: str, tokenizer: "Tokenizer", file: IO[bytes], path: Path) -> int:
@@ -385,6 +386,8 @@ class SubwordTokenizer:
         self.library.post_processor = None  # it only adds tokens to those of the text
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         self.facts = {"tokenizer": name, "vocab_size": self.vocab_size, "json": self.library.to_str()}
+        if self.library.token_to_id(end) is None:
+            end = END
         self.end = self.library.token_to_id(end)
         if self.end is not None:
             self.facts["end"] = end
@@ -449,10 +452,11 @@ def file_facts(path: Path) -> dict:
     facts = json.loads(content)
     if "tokenizer" in facts:  # a meta.json
         return facts
-    settings = files[0].with_name("tokenizer_config.json")  # of Hugging Face's format
-    end = json.loads(settings.read_bytes()).get("eos_token") if settings.is_file() else None
-    end = end["content"] if isinstance(end, dict) else end
-    return {"tokenizer": str(files[0]), "json": content, "end": end or END}
+    end = END
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # of Hugging Face's format; the second counts
+        if files[0].with_name(name).is_file():
+            end = json.loads(files[0].with_name(name).read_bytes()).get("eos_token") or end
+    return {"tokenizer": str(files[0]), "json": content, "end": end["content"] if isinstance(end, dict) else end}
 
 
 def checkpoint_facts(checkpoint: dict, source: str | Path) -> dict:
@@ -534,8 +538,9 @@ def prepared(dataset: str) -> dict:
         prepare(PrepareConfig(dataset=dataset), overwrite=False)
     elif text.exists() and text.stat().st_mtime > meta.stat().st_mtime + 60:
         # Not at once, for the files of a copied folder may get their times in any order.
-        again = f"python prepare.py {flag('dataset', dataset)} {flag('tokenizer', meta)}"
-        show(f"{text} is newer than its tokens, which do not follow it: {again} prepares it again")
+        split = flag("val_fraction", load_meta(dataset).get("val_fraction", 0.1))
+        again = f"python prepare.py {flag('dataset', dataset)} {flag('tokenizer', meta)} {split}"
+        show(f"{text} is newer than its tokens, which are used as they are: {again} makes new ones")
     return load_meta(dataset)
 
 

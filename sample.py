@@ -130,9 +130,12 @@ def open_trained(source: str | Path) -> tuple[LanguageModel, Tokenizer, str]:
     return model, tokenizer, f"{path}, step {checkpoint['step']}" if path else f"{source}"
 
 
-# The files of an export, and the names of all that transformers looks for in its folder.
+# The files of an export, and the names of what else transformers reads in a folder.
 WRITTEN = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-READ = r".*\.(json|safetensors|bin|model|jinja)|(merges|vocab)\.txt|additional_chat_templates"
+READ = (
+    r"(special_tokens_map|added_tokens|vocab|chat_template|adapter_config)\.json|(merges|vocab)\.txt"
+    r"|.*\.(safetensors|model|jinja|index\.json)|(pytorch|adapter)_model.*\.bin|additional_chat_templates"
+)
 
 
 def save_pretrained(model: LanguageModel, tokenizer: Tokenizer, folder: Path) -> None:

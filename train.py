@@ -19,7 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from reprlib import repr as short
@@ -391,7 +391,7 @@ def mean_loss(
         x, y = inputs_and_targets(tokens, *batches[i], process.device)
         with process.autocast():
             _, loss = model(x, y, need_logits=False)
-        sums.append(loss * x.numel())
+        sums.append(loss * x.numel())  # no target is masked
     model.train()
     total = sum(torch.stack(sums).tolist())  # waits for the device
     return process.all_reduce(torch.tensor(total, dtype=torch.float64)).item() / n_tokens
@@ -402,7 +402,8 @@ def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> lis
     # Stretched by among / n_tokens, which is at least 1: the blocks lie apart and never overlap.
     starts = np.arange(0, n_tokens, length) * among // n_tokens
     n_full = n_tokens // length
-    batches = [(starts[i : min(i + rows, n_full)], length) for i in range(0, n_full, rows)]
+    full = starts[:n_full]
+    batches = [(full[i : i + rows], length) for i in range(0, n_full, rows)]
     if rest := n_tokens % length:
         batches.append((starts[n_full:], rest))  # the last block, a shorter one
     return batches
@@ -504,10 +505,11 @@ def start(config: TrainConfig) -> tuple[State, dict[str, Tokens], Process]:
         resume(state, source, config)
     elif source:
         show(f"starting from {source.path}: {', '.join(f'{name} {getattr(config, name)}' for name in SHAPE)}")
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_FOLLOWED}
-    text = meta | {"source": ""}  # wherever it came from
-    facts = {"settings": settings, f"step of {config.path('ckpt.pt')}": state.step, "meta.json": text}
-    process.refuse_unequal(facts | {str(split.path): split.fingerprint() for split in splits.values()})
+    if process.world_size > 1:
+        weights = sum(p.double().square().sum().item() for p in state.model.parameters())
+        facts = {str(split.path): split.fingerprint() for split in splits.values()}
+        facts |= {"step": state.step, "weights": f"{weights:.6g}", "meta.json": meta | {"source": ""}}
+        process.refuse_unequal(asdict(config) | facts)
     show(f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters on {process}")
     warn_of_hours(state, config, process)
     return state, splits, process
@@ -563,7 +565,7 @@ def open_source(path: Path | str, resuming: bool, config: TrainConfig) -> Source
             # A key that is newer than the checkpoint had its default then.
             keys = asdict(TrainConfig()) | checkpoint["config"] | keys
             facts |= {name: checkpoint[name] for name in TEXT_FACTS if name in checkpoint}
-            facts["optimizer_class"] = checkpoint.get("optimizer", {}).get("class")
+            facts["optimizer_class"] = checkpoint.get("optimizer", {}).get("class", "unknown")
     return Source(path, resuming, model, checkpoint, keys, facts)
 
 
@@ -572,7 +574,7 @@ def follow(source: Source, config: TrainConfig) -> None:
     if source.resuming and config.init_from in STARTS:
         config.init_from = source.keys["init_from"]
     changed, followed = [], []
-    for name in [field.name for field in fields(config) if field.name in source.keys]:
+    for name in [name for name in TrainConfig.__annotations__ if name in source.keys]:
         before = convert(TrainConfig, name, source.keys[name], f"{source.path}: {name}")
         now = getattr(config, name)
         if before != now and name in config.given:
@@ -676,13 +678,12 @@ class Process:
 
     def refuse_unequal(self, facts: dict[str, Any]) -> None:
         """Raises UserError where a fact differs between processes: they could train, but not the same run."""
-        if self.world_size > 1:
-            everywhere = [{}] * self.world_size
-            dist.all_gather_object(everywhere, facts, self.slow_group)
-            unequal = [name for name in facts if any(theirs.get(name) != facts[name] for theirs in everywhere)]
-            if unequal:
-                advice = "all need the same command and the same files"
-                raise UserError(f"not the same in every process: {', '.join(unequal)}; {advice}")
+        everywhere = [{}] * self.world_size
+        dist.all_gather_object(everywhere, facts, self.slow_group)
+        unequal = [name for name in facts if any(theirs.get(name) != facts[name] for theirs in everywhere)]
+        if unequal:
+            advice = "all need the same command and the same files"
+            raise UserError(f"not the same in every process: {', '.join(unequal)}; {advice}")
 
     def barrier(self) -> None:
         """Wait until all are here. A download of 20 GB may take longer than torch's default timeout of 30 minutes."""
@@ -779,7 +780,8 @@ class Log:
         self.peak_flops = peak_flops(process.device, process.dtype)
         self.rows = self.kept_rows()
         self.columns = list(dict.fromkeys([*self.COLUMNS, *(name for row in self.rows for name in row)]))
-        self.written = self.failed = False  # whether log.csv holds the rows; whether something could not be written
+        self.written = False  # whether log.csv holds the rows
+        self.failed = set()  # what could not be written
         self.start_clock()
         self.started = self.since - max((float(row["seconds"]) for row in self.rows), default=0)
         self.val_loss = math.nan
@@ -874,11 +876,10 @@ class Log:
         for write in (self.add_row, self.add_points):
             try:
                 write(metrics)
-            except OSError as error:  # a log that is full, or open in another program, must not end the run
-                self.written = False  # the next row tries again, with all before it
-                if not self.failed:
+            except OSError as error:  # a full disk, or a file that is open in another program, must not end the run
+                if write not in self.failed:
                     show(f"cannot write the log ({error}): the run goes on")
-                self.failed = True
+                self.failed.add(write)
 
     def add_row(self, metrics: dict[str, float]) -> None:
         """Append a row to log.csv, or write it anew: at a start, for a new metric, and after a failure."""
@@ -886,14 +887,15 @@ class Log:
         row |= {name: f"{value:.7g}" for name, value in metrics.items()}
         self.rows.append(row)
         new = [name for name in row if name not in self.columns]
-        if self.written and not new:
+        appending, self.written = self.written and not new, False  # until this row is written
+        if appending:
             with open(self.path, "a") as file:
                 file.write(self.line(row))
-            return
-        self.columns += new
-        header = {name: name for name in self.columns}
-        with replacing(self.path) as file:
-            file.write("".join(map(self.line, (header, *self.rows))).encode())
+        else:
+            self.columns += new
+            header = {name: name for name in self.columns}
+            with replacing(self.path) as file:
+                file.write("".join(map(self.line, (header, *self.rows))).encode())
         self.written = True
 
     def add_points(self, metrics: dict[str, float]) -> None:
