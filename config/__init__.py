@@ -269,11 +269,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
     rank, world_size = 0, 1
-    status, problem = 1, ""  # until `main` has returned
+    status, problem = 1, ""  # until all that `main` has printed is out
     try:
         rank, world_size = rank_and_size()
-        status = main(sys.argv[1:]) or 0
+        ended = main(sys.argv[1:]) or 0
         sys.stdout.flush()
+        status = ended
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
         status = 128 + 13
     except KeyboardInterrupt:
