@@ -394,6 +394,13 @@ def test_evaluation_is_the_mean_over_the_tokens_of_the_first_blocks_or_of_spread
     assert model.training
 
 
+def test_the_batches_of_an_evaluation_hold_each_block_once_evenly_over_the_split():
+    batches = train.evaluation_batches(n_tokens=75, among=150, length=10, rows=3)
+    assert [(starts.tolist(), length) for starts, length in batches] == [
+        ([0, 20, 40], 10), ([60, 80, 100], 10), ([120], 10), ([140], 5),
+    ]  # fmt: skip
+
+
 def test_an_evaluation_has_no_dropout_and_keeps_no_graph_and_a_step_after_it_has_both(dataset, monkeypatch):
     found, hidden = [], GPT.hidden
 
@@ -548,6 +555,8 @@ def test_checkpoints_have_the_promised_content(trained):
     common |= {"best_val_loss", "best_step"}
     assert set(whole) == common | {"optimizer", "scaler"}
     assert set(best) == common
+    assert (whole["best_step"], whole["best_val_loss"]) == (best["best_step"], best["best_val_loss"])
+    assert best["best_step"] == best["step"] == 4  # so it is known before another evaluation
     assert whole["format"] == 1
     assert whole["step"] == 4
     assert whole["scaler"] == {}
