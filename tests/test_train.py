@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import chdir, nullcontext
@@ -257,8 +256,10 @@ def test_tokens_are_read_as_they_are_and_refused_where_they_cannot_be(dataset):
 # One step: its gradient and the optimizer
 
 
-def test_a_step_is_adamws_on_the_clipped_gradient_of_the_batch_with_decay_of_matrices_alone(dataset):
-    keys = {"dropout": 0.0, "grad_clip": 0.05, "beta1": 0.5, "beta2": 0.7, "weight_decay": 3.0, "max_iters": 2}
+@pytest.mark.parametrize("grad_clip", [0.05, 0])
+def test_a_step_is_adamws_on_the_clipped_gradient_of_the_batch_with_decay_of_matrices_alone(dataset, grad_clip):
+    """From the weights that the seed gives. grad_clip=0 means no clipping."""
+    keys = {"dropout": 0.0, "grad_clip": grad_clip, "beta1": 0.5, "beta2": 0.7, "weight_decay": 3.0, "max_iters": 2}
     settings = config(**keys)
     torch.manual_seed(settings.seed)
     model = GPT(settings.model_config(load_meta("shakespeare_char")["vocab_size"]))
@@ -266,7 +267,7 @@ def test_a_step_is_adamws_on_the_clipped_gradient_of_the_batch_with_decay_of_mat
     adamw = torch.optim.AdamW(groups, betas=(0.5, 0.7))
     for step in range(2):
         model(*batch(tokens(), step, 0, settings, ALONE))[1].backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         assert norm > 0.05
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, settings)
@@ -275,13 +276,6 @@ def test_a_step_is_adamws_on_the_clipped_gradient_of_the_batch_with_decay_of_mat
     train_here(**keys)
     torch.testing.assert_close(checkpoint()["model"], dict(model.state_dict()), rtol=1e-4, atol=1e-6)
     assert float(reports()[-1]["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
-
-
-def test_grad_clip_0_turns_clipping_off(dataset):
-    for grad_clip in (0, 1e9):
-        train_here(grad_clip=grad_clip, out_dir=f"out/{grad_clip}", max_iters=2)
-    assert same(*(checkpoint(f"out/{grad_clip}/ckpt.pt")["model"] for grad_clip in (0, 1e9)))
-    assert float(reports("out/0/log.csv")[-1]["grad_norm"]) > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -486,21 +480,14 @@ def test_best_is_the_model_of_the_lowest_validation_loss_after_step_0_also_after
 def test_where_what_is_evaluated_has_changed_or_is_gone_the_best_starts_over(
     dataset, capsys, monkeypatch, eval_iters, changes, starts_over
 ):
-    """best.pt stays until there is another one."""
     evaluations(monkeypatch, 3.0, 1.0, 2.0)
     train_here(eval_iters=eval_iters)
     changes = {"eval_iters": eval_iters} | changes
     if changes.pop("best.pt", None):
         Path("out/best.pt").unlink()
-    before = files()
-    with monkeypatch.context() as stopped:
-        stopped.setattr(train.StopSignals, "received", signal.SIGTERM)  # before any evaluation
-        assert train_here(**changes) == 143
-    assert ("the lowest loss starts over\n" in capsys.readouterr().out) == starts_over
-    assert files().get("best.pt") == before.get("best.pt")
     evaluations(monkeypatch, 2.0, 3.0)
     train_here(**changes, max_iters=5)
-    assert "starts over" not in capsys.readouterr().out or "best.pt" not in before  # once
+    assert ("the lowest loss starts over\n" in capsys.readouterr().out) == starts_over
     expected = (4, 2.0) if starts_over else (2, 1.0)
     for name in ("ckpt.pt", "best.pt"):
         found = checkpoint(f"out/{name}")
@@ -527,15 +514,6 @@ def test_a_text_edited_after_it_was_prepared_is_told_with_the_command_that_prepa
     train_here(max_iters=1, init_from="scratch")
     assert "is newer" not in capsys.readouterr().out
     assert load_meta("shakespeare_char")["train_tokens"] == 36_000
-
-
-def test_the_seed_is_that_of_the_initial_weights_too(dataset):
-    found = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(0)
-        found.append(train.start(config(seed=seed))[0].model.state_dict())
-    assert same(found[0], found[1])
-    assert not torch.equal(found[0]["lm_head.weight"], found[2]["lm_head.weight"])
 
 
 def test_a_long_run_on_a_cpu_says_the_hours_that_are_left_before_its_first_evaluation(trained, capsys, monkeypatch):
@@ -650,23 +628,11 @@ def test_a_finished_run_is_evaluated_and_one_past_max_iters_refused(trained, cap
     train_here()
     assert losses(capsys.readouterr().out).keys() == {4}
     assert same(checkpoint(), content)
-
-
-def test_what_is_newer_than_the_checkpoint_is_no_change(trained, capsys):
-    content = checkpoint()
-    del content["config"]["deterministic"], content["sha256"], content["train_tokens"]
-    torch.save(content, "out/ckpt.pt")
+    del content["config"]["eval_iters"], content["sha256"], content["train_tokens"]
+    torch.save(content, "out/ckpt.pt")  # an older one: a key that it lacks had its default then
     train_here()
-    assert "resuming from out/ckpt.pt at step 4\n" in capsys.readouterr().out
+    assert "resuming from out/ckpt.pt at step 4; changed since: eval_iters 0 -> 2\n" in capsys.readouterr().out
     assert checkpoint()["sha256"] == load_meta("shakespeare_char")["sha256"]
-
-
-def test_scratch_starts_over(trained):
-    first = checkpoint()
-    train_here(seed=2, init_from="scratch", max_iters=2)
-    assert checkpoint()["step"] == 2
-    assert not same(checkpoint()["model"], first["model"])
-    assert [row["step"] for row in rows()] == ["0", "1", "2", "2"]
 
 
 def test_a_checkpoint_of_another_shape_is_refused_and_kept(trained):
@@ -684,6 +650,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_kept(trained):
     assert files() == before
     train_here(n_layer=2, init_from="scratch", max_iters=1)
     assert checkpoint()["step"] == 1
+    assert [row["step"] for row in rows()] == ["0", "1", "1"]
 
 
 @pytest.mark.parametrize(
@@ -944,10 +911,6 @@ def test_a_run_is_compiled_only_where_that_pays(gpus, monkeypatch, device, proce
     assert (made is model) == (expected != ["recorded"])
 
 
-def fails(*_):
-    raise RuntimeError("operation not permitted when stream is capturing")
-
-
 def loses_gradients(function):
     """As torch 2.6's compiler does on a CPU, where two tokens are the same."""
     return lambda *given: 0.5 * (result := function(*given)) + 0.5 * result.detach()
@@ -956,8 +919,13 @@ def loses_gradients(function):
 @pytest.mark.parametrize(
     ("device", "place", "other", "said"),
     [
-        ("cuda", "torch.cuda.make_graphed_callables", fails, "a CUDA graph does not work here (RuntimeError)"),
-        ("cpu", "torch.compile", lambda _: fails, "torch.compile does not work here (RuntimeError)"),  # at a call
+        (
+            "cuda",
+            "torch.cuda.make_graphed_callables",
+            lambda *_: 1 / 0,
+            "a CUDA graph does not work here (ZeroDivisionError)",
+        ),
+        ("cpu", "torch.compile", lambda _: lambda *_: 1 / 0, "torch.compile does not work here (ZeroDivisionError)"),
         ("cpu", "torch.compile", loses_gradients, "torch.compile does not work here (ArithmeticError)"),
     ],
 )
@@ -995,8 +963,6 @@ def test_the_console_and_the_log_show_the_same_run(dataset, capsys, always_due):
     lines = captured.out.splitlines() + captured.err.splitlines()
     number = r"\d+\.\d+"
     assert sum(bool(re.fullmatch(rf"step \d+: train loss {number}, val loss {number}", line)) for line in lines) == 4
-    progress = rf"step \d+/5 \| loss {number} \| lr {number}e-\d+ \| grad {number} \| [\d,.]+k tok/s \| eta 0:\d\d:\d\d"
-    assert sum(bool(re.fullmatch(progress, line)) for line in lines) == 4  # with the reports
     for split in ("train", "val"):
         assert f"evaluating data/shakespeare_char/{split}.bin: 0%" in lines
     header = Path("out/log.csv").read_text().splitlines()[0]
@@ -1028,7 +994,8 @@ def test_speed_and_the_time_that_is_left_are_those_of_training_alone(dataset, mo
     monkeypatch.setattr(train, "evaluate", evaluated)
     train_here(max_iters=9, eval_interval=6, log_interval=3)
     assert [float(row["tokens_per_second"]) for row in reports()] == pytest.approx([8 * 16] * 4)
-    assert re.findall(r"step (\d).* 0.1k tok/s \| eta (.*)", capsys.readouterr().err) == [
+    progress = r"^step (\d)/9 \| loss \d\.\d\d \| lr \d\.\de-\d\d \| grad \d\.\d\d \| 0.1k tok/s \| eta (.*)$"
+    assert re.findall(progress, capsys.readouterr().err, re.M) == [
         ("1", "0:00:08"), ("3", "0:00:06"), ("6", "0:00:03"), ("9", "0:00:00"),
     ]  # fmt: skip
 
@@ -1067,16 +1034,21 @@ def test_peaks_are_those_of_the_card_in_16_bits(monkeypatch):
             assert peak_flops(torch.device("cuda"), dtype) == (peak if dtype != torch.float32 else None), card
 
 
-def test_an_evaluation_that_is_repeated_replaces_its_row_alone(trained):
+def test_rows_that_are_repeated_or_damaged_are_dropped_and_the_others_stay(trained):
     before = rows()
+    with open("out/log.csv", "ab") as file:
+        file.write(b"1,abc,,,,,,\n\xff\n" + bytes(200_000) + b'\n1,"\n2,-1,,,,,,,,\n2,3.1,2.')
     train_here(max_iters=5, eval_interval=3)
-    assert rows()[: len(before)] == before  # at 4 none is due: its row stays, and so does that of the report
+    assert rows()[: len(before)] == before  # no evaluation is due at 4
     *before, repeated = rows()
     assert repeated["val_loss"]
     train_here(max_iters=6, eval_iters=0, eval_interval=5)
     assert rows()[: len(before)] == before
     [row] = (row for row in rows()[len(before) :] if row["step"] == "5")
     assert row["bits_per_byte"] and not row["loss"]
+    Path("out/log.csv").write_text("")
+    train_here(max_iters=7)
+    assert [row["step"] for row in rows()] == ["6", "7", "7"]
 
 
 def test_a_log_and_curves_that_cannot_be_written_cost_no_step_and_no_row(dataset, monkeypatch, capsys):
@@ -1103,17 +1075,6 @@ def test_a_log_and_curves_that_cannot_be_written_cost_no_step_and_no_row(dataset
     [line] = re.findall("cannot write.*", capsys.readouterr().out)  # once
     assert "out/log.csv" in line
     assert [*events()["loss"]] == [1, 2, 3]
-
-
-def test_torn_and_damaged_rows_of_the_log_are_dropped(trained):
-    expected = rows()
-    with open("out/log.csv", "ab") as file:
-        file.write(b"1,abc,,,,,,\n\xff\n" + bytes(200_000) + b'\n1,"\n2,-1,,,,,,,,\n2,3.1,2.')
-    train_here()
-    assert [row | {"seconds": ""} for row in rows()] == [row | {"seconds": ""} for row in expected]
-    Path("out/log.csv").write_text("")
-    train_here(max_iters=5)
-    assert [row["step"] for row in rows()] == ["4", "5", "5"]  # 4 is evaluated again
 
 
 @pytest.mark.parametrize(("terminal", "seconds"), [(True, 0.5), (False, 5)])
@@ -1227,14 +1188,14 @@ def test_a_key_of_the_model_is_two_lines(trained):
     for name in ("model.py", "train.py", "sample.py", "prepare.py"):
         shutil.copy(REPOSITORY / name, copy)
     shutil.copytree(REPOSITORY / "config", copy / "config")
-    for name, before, new in (
-        ("model.py", "layer_norm: bool = True", "n_kv_head: int | None = None"),
-        ("train.py", 'layer_norm: bool = key(True, "layer norms")',
-         'n_kv_head: int | None = key(None, "heads", least=1)'),
-    ):  # fmt: skip
-        text = (copy / name).read_text()
-        assert text.count(before) == 1
-        (copy / name).write_text(text.replace(before, f"{before}\n    {new}"))
+    for name, default in (("model.py", "None"), ("train.py", 'key(None, "heads", least=1)')):
+        text, n = re.subn(
+            r"(?m)^    layer_norm: bool = .*$",
+            rf"\g<0>\n    n_kv_head: int | None = {default}",
+            (copy / name).read_text(),
+        )
+        assert n == 1
+        (copy / name).write_text(text)
     assert "n_kv_head" not in checkpoint()["model_config"]
     program = """if True:
         import sys, torch, sample, train
@@ -1285,19 +1246,9 @@ def test_an_optimizer_of_torch_trains_at_the_scheduled_rate_and_resumes_exactly(
     adagrad(monkeypatch, rates)  # whose decay is that of the settings, not of the state
     train_here(max_iters=5)
     assert not same(checkpoint()["model"], checkpoint("other/ckpt.pt")["model"])
-
-
-def test_the_state_of_another_optimizer_is_refused(trained, monkeypatch):
-    """torch's AdamW would take Adagrad's, and fail in its first step."""
-    refused = r"optimizer_class '\w+' -> '{}'\); take another --out_dir, where --init_from=out/ckpt.pt fine-"
-    adagrad(monkeypatch, [])
-    with pytest.raises(ConfigError, match=refused.format("Adagrad")):
-        train_here()
-    train_here(init_from="scratch", max_iters=1)
     monkeypatch.setattr(train, "Optimizer", lambda model, *_: torch.optim.AdamW(model.parameters()))
-    with pytest.raises(ConfigError, match=refused.format("AdamW")):
-        train_here()
-    assert checkpoint()["step"] == 1
+    with pytest.raises(ConfigError, match=r"\(optimizer_class 'Adagrad' -> 'AdamW'\); take another --out_dir"):
+        train_here(max_iters=6)  # it would take Adagrad's state, and fail in its first step
 
 
 def test_a_metric_in_the_row_is_a_column_and_older_rows_stay(trained, monkeypatch):
@@ -1317,18 +1268,10 @@ def test_a_metric_in_the_row_is_a_column_and_older_rows_stay(trained, monkeypatc
     assert rows()[-1]["accuracy"] == ""
 
 
-WANDB = """
-import sys
-
-def init(**settings):
-    assert "torch.utils.tensorboard" not in sys.modules, "too late: it patches SummaryWriter when that is made"
-    print("wandb", settings)
-"""
-
-
 def test_weights_and_biases_is_a_line_of_a_recipe(dataset, monkeypatch):
     """As the comment in gpt2_124m.py has it: init comes before the writer that it follows, in process 0 alone."""
-    Path("wandb.py").write_text(WANDB)
+    too_late = "assert 'torch.utils.tensorboard' not in sys.modules"  # it patches SummaryWriter when that is made
+    Path("wandb.py").write_text(f"import sys\ndef init(**keys):\n    {too_late}\n    print('wandb', keys)")
     lines = re.findall(r"^#     (.*(?:wandb|tensorboard).*)", (REPOSITORY / "config/gpt2_124m.py").read_text(), re.M)
     Path("recipe.py").write_text("\n".join(lines))
     environment = os.environ | {"PYTHONPATH": f".:{REPOSITORY}"}
