@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import chdir, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +100,8 @@ def ran(tmp_path_factory):
     text = folder / "data" / "shakespeare_char" / "input.txt"
     text.parent.mkdir(parents=True)
     text.write_text(" ".join(np.random.default_rng(0).choice(WORDS, size=5000))[:20_000])
-    with chdir(folder):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
         train_here()
     return folder
 
@@ -525,6 +526,9 @@ def test_a_long_run_on_a_cpu_says_the_hours_that_are_left_before_its_first_evalu
         small = "python train.py config/shakespeare_char_cpu.py takes a minute or two"
         line = f"this takes hours on a CPU, on one like ours about {hours}; {small}\n"
         assert capsys.readouterr().out.partition("on 1 x cpu, float32\n")[2] == (line if hours else "")
+    gpu = Process(0, 1, torch.device("cuda"), torch.bfloat16)
+    train.warn_of_hours(state_of(GPT(config().model_config(21))), config(max_iters=4000), gpu)
+    assert capsys.readouterr().out == ""
 
 
 def test_checkpoints_have_the_promised_content(trained):
@@ -979,24 +983,24 @@ def test_the_console_and_the_log_show_the_same_run(dataset, capsys, always_due):
 
 
 def test_speed_and_the_time_that_is_left_are_those_of_training_alone(dataset, monkeypatch, capsys, always_due):
-    """A step takes a second, an evaluation and its saving 100 of them, by a clock of the test's own."""
+    """A step takes 1, later 2 and 3 seconds, an evaluation 100, by a clock of the test's own."""
     clock, evaluate = [0], train.evaluate
 
     def evaluated(*arguments):
         clock[0] += 100
         return evaluate(*arguments)
 
-    def second(state):
-        clock[0] += 1
+    def stepped(state):
+        clock[0] += 1 + state.step // 3
 
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    before_step(monkeypatch, second)
+    before_step(monkeypatch, stepped)
     monkeypatch.setattr(train, "evaluate", evaluated)
     train_here(max_iters=9, eval_interval=6, log_interval=3)
-    assert [float(row["tokens_per_second"]) for row in reports()] == pytest.approx([8 * 16] * 4)
-    progress = r"^step (\d)/9 \| loss \d\.\d\d \| lr \d\.\de-\d\d \| grad \d\.\d\d \| 0.1k tok/s \| eta (.*)$"
+    assert [float(row["tokens_per_second"]) for row in reports()] == pytest.approx([128, 128, 128 / 2, 128 / 3])
+    progress = r"^step (\d)/9 \| loss \d\.\d\d \| lr \d\.\de-\d\d \| grad \d\.\d\d \| 0..k tok/s \| eta (.*)$"
     assert re.findall(progress, capsys.readouterr().err, re.M) == [
-        ("1", "0:00:08"), ("3", "0:00:06"), ("6", "0:00:03"), ("9", "0:00:00"),
+        ("1", "0:00:08"), ("3", "0:00:06"), ("6", "0:00:06"), ("9", "0:00:00"),
     ]  # fmt: skip
 
 
