@@ -507,11 +507,10 @@ def test_a_text_edited_after_it_was_prepared_is_told_with_the_command_that_prepa
     edited = text.stat().st_mtime
     os.utime(meta, (edited - seconds, edited - seconds))
     train_here(max_iters=1)
-    found = re.findall("input.txt is newer .*: python prepare.py (.*) prepares it again", capsys.readouterr().out)
-    again = ["--dataset=shakespeare_char", "--tokenizer=data/shakespeare_char/meta.json"]
-    assert found == [" ".join(again)] * (seconds > 60)
+    told = re.findall("input.txt is newer .*: python prepare.py (.*) (?:prepares|makes) ", capsys.readouterr().out)
+    assert len(told) == (seconds > 60)
     assert load_meta("shakespeare_char")["train_tokens"] == 18_000
-    prepare.main(again)
+    prepare.main(shlex.split(told[0]) if told else [])
     train_here(max_iters=1, init_from="scratch")
     assert "is newer" not in capsys.readouterr().out
     assert load_meta("shakespeare_char")["train_tokens"] == 36_000
@@ -1076,8 +1075,8 @@ def test_a_log_and_curves_that_cannot_be_written_cost_no_step_and_no_row(dataset
     timing = {"seconds": "", "tokens_per_second": ""}
     assert [row | timing for row in rows()] == [row | timing for row in rows("whole/log.csv")]
     assert same(checkpoint()["model"], checkpoint("whole/ckpt.pt")["model"])
-    [line] = re.findall("cannot write.*", capsys.readouterr().out)  # once
-    assert "out/log.csv" in line
+    said = re.findall("cannot write.*", capsys.readouterr().out)
+    assert sum("out/log.csv" in line for line in said) == 1  # once
     assert [*events()["loss"]] == [1, 2, 3]
 
 
