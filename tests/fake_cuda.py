@@ -70,11 +70,11 @@ class Watch(TorchDispatchMode):
         if on_gpu and operator in PRODUCTS:
             self.dtypes.add(str(inputs[-1].dtype))
             self.widths.add(tree_leaves(output)[0].size(-1))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
-                storage = tensor.untyped_storage()
-                self.alive[storage] = math.ceil(storage.nbytes() / 512) * 512  # as torch allocates
-        self.peak = max(self.peak, sum(self.alive.values()))
+        outputs = [tensor for tensor in tree_leaves(output) if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
+        new = [s for s in (tensor.untyped_storage() for tensor in outputs) if s not in self.alive]
+        if new:  # neither a view nor in place
+            self.alive |= {storage: math.ceil(storage.nbytes() / 512) * 512 for storage in new}  # as torch allocates
+            self.peak = max(self.peak, sum(self.alive.values()))
         return output
 
     def wait(self):
