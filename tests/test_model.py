@@ -168,6 +168,7 @@ def test_bfloat16_stays_close_to_float32(training, gpt, idx):
     assert loss.dtype == torch.float32
     expected = gpt(idx)[0]
     assert (logits - expected).norm() / expected.norm() < 0.02
+    assert gpt.bfloat16()(idx, idx)[1].dtype == torch.float32  # without autocast, too
 
 
 @pytest.mark.parametrize("parts", PARTS)
