@@ -327,8 +327,14 @@ def test_what_went_out_comes_back_with_the_rights_that_the_umask_gives(trained):
     idx = token_ids(SHAPE)
     ours, back = open_model("out/best.pt")[0].eval(), GPT.from_pretrained("hf").eval()
     torch.testing.assert_close(back(idx)[0], ours(idx)[0], rtol=0, atol=1e-5)
-    theirs = json.loads(Path("hf/config.json").read_text())
-    assert [theirs[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")] == [0] * 3  # not GPT-2's 0.1
+
+
+def test_an_export_names_its_dropout_for_who_fine_tunes_it(folder):
+    """Left out, they would be GPT-2's 0.1."""
+    for dropout in (0.0, 0.3):
+        GPT(GPTConfig(21, 16, 2, 2, 32, dropout=dropout)).save_pretrained("hf")
+        theirs = json.loads(Path("hf/config.json").read_text())
+        assert [theirs[name] for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")] == [dropout] * 3
 
 
 def test_an_exported_tokenizer_prepares_another_text_for_fine_tuning(trained):
