@@ -134,7 +134,7 @@ def test_the_prompt_may_come_from_a_file_and_be_longer_than_the_context(out, cap
 )
 def test_a_line_break_may_be_typed_as_backslash_n(folder, typed, meant):
     Path("prompt.txt").write_text("a\\n\n")
-    tokenizer = CharTokenizer("\n \\adhlnpt")
+    tokenizer = CharTokenizer("\t\n \\adhlnpt")  # a line break is not the first of them
     assert tokenizer.decode(sample.prompt(typed, tokenizer)[0].numpy()) == meant
 
 
