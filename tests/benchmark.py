@@ -3,12 +3,10 @@
     python tests/benchmark.py                                         what needs no other checkout
     python tests/benchmark.py --peer=../nanoGPT --only=loss,sample    side by side; only these parts
     python tests/benchmark.py --peer=../nanoGPT --write               side by side, into tests/benchmark.md, too
-    python tests/benchmark.py --only=recipes                          the CPU recipes, whole: 1, 10 and 40 minutes
-    python tests/benchmark.py --only=gpu                              on a GPU: steps, memory, MFU, a whole training
 
-For a machine with nothing else to do: it measures on the CPU, or on one GPU, in turns. Progress goes to stderr, the
-tables to stdout; --write replaces those between two marks in the file and leaves the rest of it alone. The others run
-in a process of their own, as their users run them; `transformers` is timed where it is installed.
+For a machine with nothing else to do: it measures on the CPU, in turns. Progress goes to stderr, the tables to stdout;
+--write replaces those between two marks in the file and leaves the rest of it alone. The others run in a process of
+their own, as their users run them; `transformers` is timed where it is installed.
 """
 
 import argparse
@@ -27,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
@@ -41,7 +39,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import train  # noqa: E402
 from config import read  # noqa: E402
-from model import GPT, GPTConfig, peak_flops  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from prepare import Tokens, load_meta, prepared  # noqa: E402
 
 tell = partial(print, file=sys.stderr, flush=True)
@@ -119,8 +117,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of nanoGPT; a copy of it is run")
-    default = ",".join(part for part in PARTS if part not in ("recipes", "gpu"))
-    parser.add_argument("--only", default=default, metavar="PARTS", help="some of %(default)s, or recipes, gpu")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PARTS", help="some of %(default)s")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {WRITTEN.name}, too")
     parser.add_argument("--repeats", type=int, default=3, help="of each work (%(default)s)")
     options = parser.parse_args()
@@ -143,7 +140,7 @@ def main() -> None:
     lines = [
         "`python tests/benchmark.py"
         f"{' --peer=../nanoGPT' * bool(options.peer)} --only={options.only}` on {torch.get_num_threads()} threads of "
-        f"{cpu_name()}{gpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
+        f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, {date.today()}."
         f"\n\n{limit}\n\nA figure is the median of {options.repeats} repeats, with the lowest and highest; `2x` is how "
         "many times as long the same work takes there.\n",
         "| work | here | nanoGPT | transformers | limit |\n| --- | --- | --- | --- | --- |",
@@ -163,10 +160,6 @@ def cpu_name() -> str:
     facts = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", facts.read_text()) if facts.exists() else None
     return found[1] if found else "an unknown CPU"
-
-
-def gpu_name() -> str:
-    return f" and one {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -222,7 +215,9 @@ def loss(bench: Bench) -> list[Row]:
     """Wall time to the loss that nanoGPT's recipe ends at, from process start: import, evaluation, all of it."""
     here, peer = [], []
     for seed in range(1, bench.repeats + 1):
-        here.append(whole(bench, "shakespeare_char_cpu", *TO_PEERS_LOSS, f"--seed={seed}"))
+        argv = [str(REPOSITORY / "train.py"), str(REPOSITORY / "config" / "shakespeare_char_cpu.py"), "--device=cpu"]
+        argv += [f"--out_dir={bench.scratch / 'out'}", "--init_from=scratch", *TO_PEERS_LOSS, f"--seed={seed}"]
+        here.append(evaluations(argv, Path.cwd())[-1])
         if bench.peer:
             peer.append(evaluations(PEER_RECIPE, bench.peer)[-1])
     work = f"training ({' '.join(TO_PEERS_LOSS)}) to validation loss {spread([loss for _, loss in here])}"
@@ -231,24 +226,6 @@ def loss(bench: Bench) -> list[Row]:
         if max(loss for _, loss in here) > min(loss for _, loss in peer):
             raise SystemExit(f"{work}: TO_PEERS_LOSS needs more steps")
     return [Row(work, [seconds for seconds, _ in here], [seconds for seconds, _ in peer])]
-
-
-def recipes(bench: Bench) -> list[Row]:
-    """The recipes for a CPU, each to its end, each repeat with another seed."""
-    rows = []
-    for name in ("shakespeare_char_cpu", "shakespeare_char_cpu_10min", "shakespeare_char_cpu_40min"):
-        ended = [whole(bench, name, f"--seed={seed}") for seed in range(1, bench.repeats + 1)]
-        seconds, losses = zip(*ended, strict=True)
-        rows.append(Row(f"{name}.py, whole, to validation loss {spread(losses)}", list(seconds)))
-    return rows
-
-
-def whole(bench: Bench, recipe: str, *arguments: str) -> tuple[float, float]:
-    """Train by a recipe, from scratch: wall time from process start, and the last validation loss."""
-    argv = [str(REPOSITORY / "train.py"), str(REPOSITORY / "config" / f"{recipe}.py"), "--device=cpu"]
-    argv += [f"--out_dir={bench.scratch / recipe}", "--init_from=scratch", *arguments]
-    *_, last = evaluations(argv, Path.cwd())
-    return last
 
 
 def spread(losses: Sequence[float]) -> str:
@@ -281,24 +258,22 @@ def step(bench: Bench) -> list[Row]:
     ]
 
 
-def our_step(vocab_size: int = 65, n_steps: int = 1, **settings: object) -> Callable[[], None]:
-    settings = {"device": "cpu", "dropout": 0.0, "gradient_accumulation_steps": 4, "init_from": "scratch"} | settings
+def our_step(**settings: object) -> Callable[[], None]:
+    ours = {"device": "cpu", "init_from": "scratch", "dropout": 0.0}
+    settings = ours | {"batch_size": BATCH, "gradient_accumulation_steps": 4} | settings
     config = read(train.TrainConfig, [f"--{name}={value}" for name, value in settings.items()])
     process = train.join_processes(config)
-    meta = load_meta(config.dataset) | {"vocab_size": vocab_size}
+    meta = load_meta(config.dataset)
     tokens = Tokens(config.dataset, "train", meta, config.block_size)
-    model = train.MODELS[config.model](config.model_config(vocab_size)).to(process.device)
+    model = train.MODELS[config.model](config.model_config(meta["vocab_size"])).to(process.device)
     state = train.new_state(model, meta, config, process)
     model = train.compiled_and_parallel(state.model, config, process)
 
     def take() -> None:
-        for _ in range(n_steps):
-            train.train_step(model, state, tokens, config, process)
-            state.step += 1
-        if process.device.type == "cuda":
-            torch.cuda.synchronize()
+        train.train_step(model, state, tokens, config, process)
+        state.step += 1
 
-    take()  # the first one also reserves memory, and compiles
+    take()  # the first one also reserves memory
     return take
 
 
@@ -323,28 +298,18 @@ def peer_sample(peer: Path, n: int) -> None:
 
 def sample(bench: Bench) -> list[Row]:
     """500 tokens from the reference model, one text and ten at once, its window of 256 tokens sliding."""
-    model = GPT(REFERENCE)
-    n_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
+    model, rows = GPT(REFERENCE), []
     hugging_face = importlib.util.find_spec("transformers")
-    rows = []
-    for n in (1, 10):
-        idx = torch.zeros(n, 1, dtype=torch.long)
-        rows.append(
-            bench.row(
-                f"sampling, reference model, {n} x 500 tokens",
-                lambda idx=idx: model.generate(idx, 500, temperature=0.8),
-                bench.peer and bench.elsewhere(peer_sample, bench.peer, n),
-                hugging_face and bench.elsewhere(transformers_sample, n),
-                limit=[500 * n_bytes / bench.bandwidth],  # every token reads every weight once
-                amount=500 * n,
-                unit="tok/s",
-            )
-        )
-    model.to(torch.bfloat16)
-    for n in (1, 10):
-        work, idx = f"the same in bfloat16, {n} x 500 tokens", torch.zeros(n, 1, dtype=torch.long)
-        limit = [500 * n_bytes / 2 / bench.bandwidth]
-        rows.append(bench.row(work, partial(model.generate, idx, 500, 0.8), limit=limit, amount=500 * n, unit="tok/s"))
+    for what, dtype in (("sampling, reference model", torch.float32), ("the same in bfloat16", torch.bfloat16)):
+        n_bytes = sum(parameter.nbytes for parameter in model.to(dtype).parameters())
+        for n in (1, 10):
+            here = partial(model.generate, torch.zeros(n, 1, dtype=torch.long), 500, 0.8)
+            others = []
+            if dtype == torch.float32:
+                others = [bench.peer and bench.elsewhere(peer_sample, bench.peer, n)]
+                others += [hugging_face and bench.elsewhere(transformers_sample, n)]
+            facts = {"limit": [500 * n_bytes / bench.bandwidth], "amount": 500 * n, "unit": "tok/s"}
+            rows.append(bench.row(f"{what}, {n} x 500 tokens", here, *others, **facts))  # each reads every weight once
     return rows
 
 
@@ -366,15 +331,8 @@ def transformers_sample(n: int) -> None:
 def prepare(bench: Bench, megabytes: int = 100) -> list[Row]:
     text = made_text(bench, megabytes)
     folder = bench.peer and shutil.copytree(bench.peer / "data" / "shakespeare_char", bench.scratch / "peer_data")
-    return [
-        bench.row(
-            f"prepare.py, {megabytes} MB of text",
-            lambda: prepare_here(bench, text),
-            folder and (lambda: prepare_as_peer(folder, text)),
-            amount=megabytes,
-            unit="MB/s",
-        )
-    ]
+    here, peer = partial(prepare_here, bench, text), folder and partial(prepare_as_peer, folder, text)
+    return [bench.row(f"prepare.py, {megabytes} MB of text", here, peer, amount=megabytes, unit="MB/s")]
 
 
 def made_text(bench: Bench, megabytes: int) -> Path:
@@ -400,30 +358,16 @@ def prepare_here(bench: Bench, text: Path) -> int:
 
 def growth(bench: Bench) -> list[Row]:
     """Each size doubled again and again, the others left alone."""
-    base = {
-        "n_layer": 4,
-        "n_head": 4,
-        "n_embd": 256,
-        "block_size": 128,
-        "batch_size": 32,
-        "gradient_accumulation_steps": 1,
-    }
+    base = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 128, "batch_size": 32}
+    doubled = {"n_layer": (2, 4, 8), "n_embd": (128, 256, 512), "batch_size": (16, 32, 64)}
     works = {
-        f"training step, {name}": {size: our_step(**base | {name: size}) for size in sizes}
-        for name, sizes in {
-            "n_layer": (2, 4, 8),
-            "n_embd": (128, 256, 512),
-            "batch_size": (16, 32, 64),
-            "block_size": (64, 128, 256, 512),
-        }.items()
+        f"training step, {name}": {
+            size: our_step(**base | {"gradient_accumulation_steps": 1, name: size}) for size in sizes
+        }
+        for name, sizes in (doubled | {"block_size": (64, 128, 256, 512)}).items()
     }
-    model = GPT(REFERENCE)
-    idx = torch.zeros(1, 1, dtype=torch.long)
-    works["sampling, tokens"] = {n: lambda n=n: model.generate(idx, n) for n in (250, 500, 1000, 2000)}
     texts = {megabytes: made_text(bench, megabytes) for megabytes in (50, 100, 200, 400)}
-    works["prepare.py, MB of text"] = {
-        megabytes: lambda text=text: prepare_here(bench, text) for megabytes, text in texts.items()
-    }
+    works["prepare.py, MB of text"] = {size: partial(prepare_here, bench, text) for size, text in texts.items()}
     for what, by_size in works.items():
         seconds = [statistics.median(bench.row(f"{what} {size}", work).here) for size, work in by_size.items()]
         factors = ", ".join(f"{after / before:.1f}" for before, after in itertools.pairwise(seconds))
@@ -434,42 +378,7 @@ def growth(bench: Bench) -> list[Row]:
     return []
 
 
-def gpu(bench: Bench) -> list[Row]:
-    """What `python tests/fake_cuda.py plan` calculates, measured; sampling; the reference recipe to its lowest loss.
-
-    The limit of a step is the card's peak in 16 bits by its data sheet: how many times that is, is the MFU.
-    """
-    if not torch.cuda.is_available():
-        raise SystemExit("--only=gpu: there is no GPU, or this torch cannot use it")
-    peak = peak_flops(torch.device("cuda"), torch.bfloat16)
-    reference, gpt2 = replace(REFERENCE, dropout=0.2), GPTConfig(50257, 1024, 12, 12, 768)
-    models = [("reference model", reference, 8), ("reference model", reference, 64), ("GPT-2 124M", gpt2, 20)]
-    rows = []
-    for (name, shape, batch_size), dtype, compiled in itertools.product(
-        models, ("float32", "float16", "bfloat16"), (False, True)
-    ):
-        steps = None  # frees the model before
-        torch._dynamo.reset()  # else the next model is compiled for any size
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        settings = {"batch_size": batch_size, "gradient_accumulation_steps": 1, "dtype": dtype, "compile": compiled}
-        steps = our_step(n_steps=20, device="cuda", **asdict(shape), **settings)
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        flops = 20 * GPT(shape).flops_per_token() * batch_size * shape.block_size
-        work = f"20 steps, {name}, {batch_size} x {shape.block_size}, {dtype}{', compiled' * compiled}, {memory}"
-        rows.append(bench.row(work, steps, limit=[flops / peak] if peak and dtype != "float32" else []))
-    model = GPT(REFERENCE).to("cuda", torch.bfloat16)
-    for n in (1, 10):
-        idx = torch.zeros(n, 1, dtype=torch.long, device="cuda")
-        work = f"sampling, reference model, {n} x 500 tokens"
-        rows.append(bench.row(work, lambda idx=idx: model.generate(idx, 500).tolist(), amount=500 * n, unit="tok/s"))
-    recipe = REPOSITORY / "config" / "shakespeare_char.py"
-    argv = [str(REPOSITORY / "train.py"), str(recipe), "--device=cuda", f"--out_dir={bench.scratch / 'gpu'}"]
-    seconds, best = min(evaluations(argv, Path.cwd()), key=lambda evaluation: evaluation[1])
-    return [*rows, Row(f"config/shakespeare_char.py to its lowest validation loss, {best:.4f}", [seconds])]
-
-
-PARTS = {part.__name__: part for part in (loss, recipes, step, sample, prepare, growth, gpu)}
+PARTS = {part.__name__: part for part in (loss, step, sample, prepare, growth)}
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -272,3 +273,22 @@ def without_progress(errors):
 
 def train_here(**changes):
     train.main(tiny(**changes))
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """data/shakespeare_char, as `dataset` makes it, and out/ of a run of 20 steps: made once, to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("words.txt").write_text(" ".join(np.random.default_rng(0).choice(WORDS, size=5000))[:20_000])
+        prepare.main(["--dataset=shakespeare_char", "--input=words.txt"])
+        train_here()
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, folder):
+    """A folder of its own with what `trained_once` made."""
+    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    return folder
