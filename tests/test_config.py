@@ -201,6 +201,18 @@ def test_help_prints_every_key_with_default_and_meaning(schema, capsys):
 # The end
 
 
+class Stream:
+    """A notebook's: it has no more than this."""
+
+    text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
 def raising(error):
     """A `main` that fails, as if a file were at fault."""
 
@@ -245,7 +257,6 @@ LOST = "another process of this run has exited; --init_from=auto resumes from th
         (KeyboardInterrupt(), 130, "interrupted; nothing that was saved is lost"),
         (MemoryError(), 1, MEMORY),
         (RuntimeError("std::bad_alloc"), 1, MEMORY),
-        (BrokenPipeError(32, "Broken pipe"), 141, ""),  # the reader has seen enough
         (ValueError("a\nb"), 2, "the file is damaged (ValueError: a); make it anew"),
         (OSError("a library's"), 2, "the file is damaged (OSError: a library's); make it anew"),
         (BaseException("a panic"), 2, "the file is damaged (BaseException: a panic); make it anew"),
@@ -253,7 +264,7 @@ LOST = "another process of this run has exited; --init_from=auto resumes from th
 )
 def test_what_goes_wrong_is_one_line_and_an_exit_status(ended, error, status, line):
     """The file is at fault only where nothing else is."""
-    assert ended(raising(error)) == (status, f"train.py: {line}\n" if line else "")
+    assert ended(raising(error)) == (status, f"train.py: {line}\n")
 
 
 @pytest.mark.parametrize(
@@ -291,6 +302,15 @@ def test_ctrl_c_in_a_terminal_leaves_the_text_that_stands_on_its_last_line(ended
     monkeypatch.setattr("config.rewritable", lambda stream: True)
     line = "train.py: interrupted; nothing that was saved is lost\n"
     assert ended(raising(KeyboardInterrupt())) == (130, f"\n\r\033[K{line}")
+
+
+def test_a_reader_who_has_seen_enough_ends_the_program_without_a_line(ended, monkeypatch):
+    class Closed(Stream):
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert ended(lambda argv: print("text")) == (141, "")
 
 
 # Several processes
@@ -347,17 +367,13 @@ SIGNALLED = """if True:
             print(int(signals.received), flush=True)
     assert handlers() == before
 """
+NOTED = [SIGTERM, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU]
 
 
 @pytest.mark.parametrize(
     ("numbers", "environment", "status", "received"),
     [
-        (
-            [SIGHUP, SIGTERM, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU],
-            {},
-            0,
-            [0, SIGTERM, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU],
-        ),
+        ([SIGHUP, *NOTED], {}, 0, [0, *NOTED]),  # nohup ignores SIGHUP
         ([SIGINT, SIGINT], {}, -SIGINT, [SIGINT]),
         ([SIGTERM, SIGINT], {}, -SIGINT, [SIGTERM]),
         ([SIGTERM, SIGUSR1], {"TORCHELASTIC_RUN_ID": "none"}, -SIGUSR1, [SIGTERM]),  # which torchrun does not pass on
@@ -395,18 +411,6 @@ def test_a_full_disk_stops_the_output_not_the_training():
     with open("/dev/full", "w") as stream:
         put("lost\n", stream)
         put("lost, too\n", stream)
-
-
-class Stream:
-    """A notebook's: it has no more than this."""
-
-    text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
 
 
 def test_the_programs_run_in_a_notebook(dataset, monkeypatch):
