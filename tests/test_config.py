@@ -402,6 +402,7 @@ def test_progress_is_shown_by_time_on_a_terminal_in_one_line(capsys, monkeypatch
     shown = capsys.readouterr().err
     assert shown.count("012345678") == pytest.approx(20 / seconds, rel=0.2)
     assert ("\n" in shown, "9" in shown) == (not terminal, not terminal)  # a full line would wrap
+    assert shown.startswith("\r\033[K0" if terminal else "0")
     show("a result")
     assert capsys.readouterr() == ("a result\n", "\r\033[K" if terminal else "")
 
