@@ -826,3 +826,15 @@ def test_a_failed_write_names_the_file_and_leaves_the_old_one_and_nothing_beside
         raise OSError(28, "No space left on device")
     assert Path("file").read_text() == "old"
     assert not Path("file.tmp").exists()
+
+
+def test_a_folder_is_one_runs_until_it_ends(folder):
+    lock = Path("out/lock")
+    with (
+        prepare.locked(lock),
+        refused("out is in use by another run: .* take another --out_dir$"),
+        prepare.locked(lock),
+    ):
+        pass
+    with prepare.locked(lock):
+        pass
