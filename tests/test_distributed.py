@@ -103,7 +103,9 @@ def change_token(split, place):
         (lambda: None, {"device": "auto", "compile": False}, None),
     ],
 )
-def test_machines_whose_files_or_commands_differ_do_not_train_together(dataset, monkeypatch, difference, settings, what):
+def test_machines_whose_files_or_commands_differ_do_not_train_together(
+    dataset, monkeypatch, difference, settings, what
+):
     """They would, with a loss that means nothing. Each machine's facts are gathered here, one after another."""
     facts, refuse = [], train.Process.refuse_unequal
     monkeypatch.setattr(train.Process, "refuse_unequal", lambda self, own: facts.append(own))
@@ -111,7 +113,9 @@ def test_machines_whose_files_or_commands_differ_do_not_train_together(dataset, 
     for keys in ({}, settings):
         train.start(train.read(train.TrainConfig, tiny(**keys)))
         difference()
-    monkeypatch.setattr(train.dist, "all_gather_object", lambda found, own, group: found.__setitem__(slice(None), facts[-2:]))
+    monkeypatch.setattr(
+        train.dist, "all_gather_object", lambda found, own, group: found.__setitem__(slice(None), facts[-2:])
+    )
     for rank in range(2):
         process = train.Process(rank, 2, None, None)
         if what is None:

@@ -1,7 +1,12 @@
-"""Whatever a stranger's files say, a program reads them or refuses in one line. FUZZ=5000 looks longer."""
+"""Whatever a stranger's files say, a program reads them or refuses in one line, and runs no code.
+
+Checkpoints, ours, nanoGPT's and Hugging Face's; then datasets; then commands and recipes. FUZZ=5000 looks longer.
+"""
 
 import contextlib
 import copy
+import functools
+import io
 import json
 import os
 import shutil
@@ -19,7 +24,7 @@ import train
 from config import UserError
 
 fuzz = settings(
-    max_examples=int(os.environ.get("FUZZ", 30)),
+    max_examples=int(os.environ.get("FUZZ", 25)),
     deadline=None,
     derandomize="FUZZ" not in os.environ,
     database=None,
@@ -51,9 +56,42 @@ def refused_or_done(*works):
             work()
 
 
+# Checkpoints
+
+SMALL = {
+    "n_layer": 1,
+    "n_embd": 8,
+    "block_size": 8,
+    "batch_size": 2,
+    "max_iters": 2,
+    "eval_interval": 2,
+    "eval_iters": 1,
+}
+
+
+@functools.cache
+def checkpoint_of_a_run():
+    train_here(**SMALL)
+    return Path("out/ckpt.pt").read_bytes()
+
+
+@pytest.fixture
+def trained(dataset):
+    """Returns what out/ckpt.pt of a run of two steps holds, a new copy at each call; there is no best.pt."""
+    content = checkpoint_of_a_run()
+    Path("out").mkdir(exist_ok=True)
+    Path("out/ckpt.pt").write_bytes(content)
+    Path("out/best.pt").unlink(missing_ok=True)
+    return lambda: torch.load(io.BytesIO(content), weights_only=True)
+
+
+def resume():
+    train_here(**SMALL | {"max_iters": 3})
+
+
 def sample_and_resume():
     Path("out/best.pt").unlink(missing_ok=True)
-    refused_or_done(lambda: sample.main(["--max_new_tokens=2"]), lambda: train_here(max_iters=21))
+    refused_or_done(lambda: sample.main(["--max_new_tokens=2"]), resume)
 
 
 def places(tree, path=()):
@@ -76,43 +114,34 @@ def changed(tree, path, value, remove):
     return tree
 
 
-@pytest.fixture
-def trained(dataset):
-    train_here()
-    Path("out/best.pt").unlink()
-    return Path("out/ckpt.pt")
+def drawn_change(data, tree, others):
+    """The tree with another value, or none, at one of its places."""
+    path = data.draw(st.sampled_from(list(places(tree))))
+    return changed(tree, path, data.draw(others), data.draw(st.booleans()))
 
 
 @fuzz
 @given(data=st.data())
 def test_a_checkpoint_with_other_bytes(trained, data):
-    good = trained.with_name("good.pt")
-    if not good.exists():
-        good.write_bytes(trained.read_bytes())
-    content = bytearray(good.read_bytes())
+    content = bytearray(checkpoint_of_a_run())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
-    trained.write_bytes(content)
+    Path("out/ckpt.pt").write_bytes(content)
     sample_and_resume()
 
 
 @fuzz
 @given(data=st.data())
 def test_a_checkpoint_with_another_content(trained, data):
-    good = trained.with_name("good.pt")
-    if not good.exists():
-        good.write_bytes(trained.read_bytes())
-    content = checkpoint(good)
-    path = data.draw(st.sampled_from(list(places(content))))
-    torch.save(changed(content, path, data.draw(values | tensors), data.draw(st.booleans())), trained)
+    torch.save(drawn_change(data, trained(), values | tensors), "out/ckpt.pt")
     sample_and_resume()
 
 
 @fuzz
 @given(data=st.data())
 def test_a_checkpoint_of_nanogpt_with_another_content(trained, data):
-    ours = checkpoint(trained)
+    ours = trained()
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     theirs = {
         "model": ours["model"],
@@ -121,9 +150,8 @@ def test_a_checkpoint_of_nanogpt_with_another_content(trained, data):
         "best_val_loss": torch.tensor(2.0),
         "config": {"dataset": "shakespeare_char"},
     }
-    path = data.draw(st.sampled_from(list(places(theirs))))
-    torch.save(changed(theirs, path, data.draw(values | tensors), data.draw(st.booleans())), "their.pt")
-    begin = {"init_from": "their.pt", "out_dir": "fine", "max_iters": 1}
+    torch.save(drawn_change(data, theirs, values | tensors), "their.pt")
+    begin = SMALL | {"init_from": "their.pt", "out_dir": "fine", "max_iters": 1}
     refused_or_done(lambda: sample.main(["--init_from=their.pt", "--max_new_tokens=2"]), lambda: train_here(**begin))
     shutil.rmtree("fine", ignore_errors=True)
 
@@ -131,12 +159,9 @@ def test_a_checkpoint_of_nanogpt_with_another_content(trained, data):
 @fuzz
 @given(data=st.data())
 def test_a_checkpoint_with_another_tokenizer_json(trained, data):
-    content = checkpoint(trained)
-    if "chars" in content["tokenizer"]:
-        Path("tokenizer.json").write_text(prepare.tokenizer_of(content["tokenizer"]).to_library().to_str())
-    facts = json.loads(Path("tokenizer.json").read_text())
-    path = data.draw(st.sampled_from(list(places(facts))))
-    facts = changed(facts, path, data.draw(values | st.floats(allow_nan=False)), data.draw(st.booleans()))
+    content = trained()
+    facts = json.loads(prepare.tokenizer_of(content["tokenizer"]).to_library().to_str())
+    facts = drawn_change(data, facts, values | st.floats(allow_nan=False))
     tokenizer = {"tokenizer": "theirs", "vocab_size": 21, "json": json.dumps(facts)}
     torch.save(content | {"tokenizer": tokenizer}, "out/best.pt")
     refused_or_done(lambda: sample.main(["--max_new_tokens=2", "--start=the"]))
@@ -145,14 +170,73 @@ def test_a_checkpoint_with_another_tokenizer_json(trained, data):
 @fuzz
 @given(data=st.data())
 def test_a_folder_of_hugging_face_with_another_config(trained, data):
-    if not Path("hf/config.json").exists():
+    if not Path("good.json").exists():
         sample.main(["--save_pretrained=hf"])
         shutil.copy("hf/config.json", "good.json")
-    facts = json.loads(Path("good.json").read_text())
-    path = data.draw(st.sampled_from(list(places(facts))))
-    facts = changed(facts, path, data.draw(values), data.draw(st.booleans()))
+    facts = drawn_change(data, json.loads(Path("good.json").read_text()), values)
     Path("hf/config.json").write_text(json.dumps(facts), errors="surrogatepass")
     refused_or_done(lambda: sample.main(["--init_from=hf", "--max_new_tokens=2"]))
+
+
+def test_a_tokenizer_cannot_pretend_to_be_a_shape(trained):
+    content = trained()
+    content["tokenizer"] |= {"block_size": "x", "model": [1], "n_layer": 3}
+    torch.save(content, "out/ckpt.pt")
+    resume()
+    assert (checkpoint()["config"]["model"], checkpoint()["config"]["n_layer"]) == ("gpt", 1)
+
+
+def test_a_bigram_of_many_layers_costs_nothing(dataset, monkeypatch):
+    train_here(model="bigram", max_iters=1)
+    content = checkpoint("out/best.pt")
+    content["model_config"]["n_layer"] = 10**12
+    torch.save(content, "out/best.pt")
+    monkeypatch.setattr("model.KVCache", lambda max_length: 1 / 0)
+    sample.main(["--max_new_tokens=2"])
+
+
+def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
+    for name in ("n_layer", "n_embd", "vocab_size", "block_size"):
+        torch.save(changed(trained(), ("model_config", name), 2**40, False), "out/best.pt")
+        with pytest.raises(UserError, match=r"cannot open out/best.pt"):
+            sample.main([])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (
+            "optimizer state transformer.wte.weight.steps",
+            torch.zeros(1),
+            "ValueError: its optimizer state does not fit",
+        ),
+        ("optimizer state transformer.wte.weight.mean", torch.zeros(2, 2), "ValueError"),  # a fused kernel would read
+        ("optimizer state transformer.wte.weight.mean", torch.zeros(()), "ValueError"),  # past its end
+        ("optimizer state transformer.wte.weight.square", 1.0, "AttributeError"),
+        ("optimizer state", {}, "ValueError: its optimizer state does not fit its weights"),
+        ("step", -1, "ValueError: step -1"),
+        ("step", 1.5, "ValueError: step 1.5"),
+        ("best_val_loss", float("nan"), "ValueError: step 2, best_val_loss nan"),
+        ("config", {}, None),
+        ("config", {"model": "gpt"}, None),
+        ("config dataset", "../data/shakespeare_char", None),
+        ("tokenizer", [], "TypeError"),
+    ],
+)
+def test_a_checkpoint_that_no_run_has_written_is_refused(trained, place, value, problem):
+    torch.save(changed(trained(), place.split(), value, False), "out/ckpt.pt")
+    before = Path("out/ckpt.pt").read_bytes()
+    expected = (
+        r"^out/ckpt.pt holds another model|^dataset must be a plain folder name"
+        if problem is None
+        else (rf"^cannot open out/ckpt.pt \({problem}")
+    )
+    with pytest.raises(UserError, match=expected):
+        resume()
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+# Datasets
 
 
 @fuzz
@@ -166,7 +250,7 @@ def test_a_dataset_with_another_meta_json(dataset, data):
     place = data.draw(st.sampled_from(list(places(meta))))
     meta = data.draw(values) if data.draw(st.integers(0, 9)) == 0 else changed(meta, place, data.draw(values), False)
     path.write_text(json.dumps(meta), errors="surrogatepass")
-    refused_or_done(lambda: train_here(max_iters=1, init_from="scratch"))
+    refused_or_done(lambda: train_here(**SMALL | {"init_from": "scratch"}))
 
 
 @fuzz
@@ -176,7 +260,10 @@ def test_a_dataset_with_other_tokens(dataset, split, tokens, promised):
     if promised:
         meta = prepare.load_meta("shakespeare_char") | {f"{split}_tokens": len(tokens) // 2}
         (dataset / "meta.json").write_text(json.dumps(meta))
-    refused_or_done(lambda: train_here(max_iters=1, init_from="scratch"))
+    refused_or_done(lambda: train_here(**SMALL | {"init_from": "scratch"}))
+
+
+# Commands and recipes
 
 
 @fuzz
@@ -203,74 +290,3 @@ def test_a_recipe_with_other_lines(folder, lines):
     Path("recipe.py").write_text("\n".join(f"{name} = {value!r}" for name, value in lines), errors="surrogatepass")
     with pytest.raises(UserError):
         train.main(["recipe.py", "--dataset=none"])
-
-
-def test_a_tokenizer_cannot_pretend_to_be_a_shape(trained):
-    content = checkpoint(trained)
-    content["tokenizer"] |= {"block_size": "x", "model": [1], "n_layer": 3}
-    torch.save(content, trained)
-    train_here(max_iters=21)
-    assert (checkpoint()["config"]["model"], checkpoint()["config"]["n_layer"]) == ("gpt", 2)
-
-
-def test_a_bigram_of_many_layers_costs_nothing(dataset, monkeypatch):
-    train_here(model="bigram", max_iters=1)
-    content = checkpoint("out/best.pt")
-    content["model_config"]["n_layer"] = 10**12
-    torch.save(content, "out/best.pt")
-    monkeypatch.setattr("model.KVCache", lambda max_length: 1 / 0)
-    sample.main(["--max_new_tokens=2"])
-
-
-def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
-    for name in ("n_layer", "n_embd", "vocab_size", "block_size"):
-        content = checkpoint(trained)
-        content["model_config"][name] = 2**40
-        torch.save(content, trained.with_name("best.pt"))
-        with pytest.raises(UserError, match=r"cannot open out/best.pt"):
-            sample.main([])
-
-
-@pytest.mark.parametrize(
-    ("at", "value"),
-    [
-        ("steps", torch.zeros(0)),  # a fused kernel would read past its end
-        ("steps", torch.zeros(1)),
-        ("mean", torch.zeros(2, 2)),
-        ("mean", torch.zeros(())),
-        ("square", torch.zeros(2, 2)),
-        ("square", 1.0),
-        ("square", None),
-    ],
-)
-def test_an_optimizer_state_of_other_shapes_is_refused(trained, at, value):
-    content = checkpoint(trained)
-    content["optimizer"]["state"][f"transformer.wte.weight.{at}"] = value
-    torch.save(content, trained)
-    with pytest.raises(UserError, match=r"^cannot open out/ckpt.pt \("):
-        train_here(max_iters=21)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("step", -1),
-        ("step", 1.5),
-        ("best_val_loss", float("nan")),
-        ("config", {}),
-        ("config", {"model": "gpt"}),
-        ("tokenizer", []),
-    ],
-)
-def test_a_checkpoint_with_impossible_figures_is_refused(trained, name, value):
-    torch.save(checkpoint(trained) | {name: value}, trained)
-    with pytest.raises(UserError, match=r"^out/ckpt.pt (holds another model|has no)|^cannot open out/ckpt.pt"):
-        train_here(max_iters=21)
-
-
-def test_a_run_without_its_optimizer_state_is_refused(trained):
-    content = checkpoint(trained)
-    content["optimizer"]["state"] = {}
-    torch.save(content, trained)
-    with pytest.raises(UserError, match=r"^cannot open out/ckpt.pt .* its optimizer state does not fit its weights"):
-        train_here(max_iters=21)
