@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, STOPPING, WORDS, checkpoint, free_port, rows, tiny, train_here
 
 import prepare
@@ -107,22 +108,18 @@ def test_machines_whose_files_or_commands_differ_do_not_train_together(
     dataset, monkeypatch, difference, settings, what
 ):
     """They would, with a loss that means nothing. Each machine's facts are gathered here, one after another."""
-    facts, refuse = [], train.Process.refuse_unequal
+    facts, machines, refuse = [], [], train.Process.refuse_unequal
     monkeypatch.setattr(train.Process, "refuse_unequal", lambda self, own: facts.append(own))
     train_here(max_iters=10)
     for keys in ({}, settings):
+        if machines:
+            difference()
         train.start(train.read(train.TrainConfig, tiny(**keys)))
-        difference()
-    monkeypatch.setattr(
-        train.dist, "all_gather_object", lambda found, own, group: found.__setitem__(slice(None), facts[-2:])
-    )
-    for rank in range(2):
-        process = train.Process(rank, 2, None, None)
-        if what is None:
-            refuse(process, facts[rank - 2])
-        else:
-            with pytest.raises(UserError, match=f"^not the same in every process: {what}; all need the same command"):
-                refuse(process, facts[rank - 2])
+        machines.append(facts[-1])
+    monkeypatch.setattr(train.dist, "all_gather_object", lambda found, *_: found.__setitem__(slice(None), machines))
+    for rank, own in enumerate(machines):
+        with pytest.raises(UserError, match=f"^not the same in every process: {what};") if what else nullcontext():
+            refuse(train.Process(rank, 2, torch.device("cpu"), torch.float32), own)
 
 
 # Runs of one to four processes, all in one start
@@ -206,7 +203,7 @@ def found(tmp_path_factory):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(all_of_them.enter_context(subprocess.Popen(argv, env=environment | own, **pipes)))
             all_of_them.callback(started[-1].kill)
-        ends = [process.communicate(timeout=120) for process in started]
+        ends = [process.communicate(timeout=240) for process in started]
         assert [process.returncode for process in started] == [0] * 4, ends
         yield [json.loads(out) for out, _ in ends]
 

@@ -217,7 +217,7 @@ def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
         ("step", -1, "ValueError: step -1"),
         ("step", 1.5, "ValueError: step 1.5"),
         ("best_val_loss", float("nan"), "ValueError: step 2, best_val_loss nan"),
-        ("config", {}, None),
+        ("config", {}, "KeyError: 'model'"),
         ("config", {"model": "gpt"}, None),
         ("config dataset", "../data/shakespeare_char", None),
         ("tokenizer", [], "TypeError"),
