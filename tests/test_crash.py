@@ -2,11 +2,10 @@
 
 Killed at any moment, by SIGKILL too, a run ends in the same bits as the one left alone, with the same best.pt and the
 same evaluations. A signal to stop ends it after its step, with a checkpoint and the exit status 128+N. So it is with
-several processes, and with torchrun. A full disk leaves the last checkpoint whole. Two runs do not write to one folder.
+several processes. A full disk leaves the last checkpoint whole. Two runs do not write to one folder.
 """
 
 import fcntl
-import functools
 import os
 import pty
 import random
@@ -19,33 +18,30 @@ import termios
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, checkpoint, free_port, losses, rows, same, tiny, train_here
+from conftest import REPOSITORY, checkpoint, free_port, rows, same, tiny, train_here
 
 import prepare
 import train
 from config import UserError
 from model import open_model
 
-KILLS = int(os.environ.get("KILLS", 1))  # KILLS=50 python -m pytest -k "killed or restarts": the long version, by hand
+KILLS = int(os.environ.get("KILLS", 1))  # KILLS=50 python -m pytest -k killed: the long version, by hand
 
 
 @contextmanager
-def started(argv, **environment):
-    """A running process, which does not outlive the block."""
-    environment = os.environ | {name: str(value) for name, value in environment.items()}
+def start(*arguments, **environment):
+    """A running train.py, which does not outlive the block."""
+    argv, environment = [sys.executable, str(REPOSITORY / "train.py"), *arguments], os.environ | environment
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
         try:
             yield running
         finally:
             running.kill()
-
-
-def start(*arguments, **environment):
-    return started([sys.executable, str(REPOSITORY / "train.py"), *arguments], **environment)
 
 
 def wait_for_step(running, step):
@@ -58,7 +54,7 @@ def wait_for_step(running, step):
     raise AssertionError(running.stderr.read())
 
 
-@functools.cache
+@cache
 def left_alone(**settings):
     """The folder of a run that nothing disturbs; every test has the same text."""
     folder = Path(f"whole{left_alone.cache_info().misses}").absolute()
@@ -118,7 +114,7 @@ def run_until(moment, **settings):
 
     with pytest.MonkeyPatch.context() as monkeypatch, suppress(KillError):
         for owner, name in MOMENTS:
-            counting = functools.partial(counted, name, getattr(owner, name))
+            counting = partial(counted, name, getattr(owner, name))
             monkeypatch.setattr(owner, name, lambda *given, f=counting, **keys: f(*given, **keys))
         train_here(**settings)
     return calls
@@ -182,7 +178,7 @@ WILD = {"learning_rate": 1.0, "min_lr": 0, "weight_decay": 0, "warmup_iters": 20
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 
 
-def stopped_run(monkeypatch, number, moment, count, **settings):
+def stopped_run(request, monkeypatch, number, moment, count, **settings):
     """A run that gets the signal at the start of that call of `train.moment`: (its exit status, what it did then)."""
     calls, done = 0, []
 
@@ -198,12 +194,18 @@ def stopped_run(monkeypatch, number, moment, count, **settings):
             done.clear()
         return original(*given, **keys)
 
+    def before(*_):
+        raise AssertionError("no run waited for the signal")
+
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, before)))
     with monkeypatch.context() as monkeypatch:
         noted(train, "evaluate", lambda state, *_: f"evaluate {state.step}")
         noted(train.State, "save", lambda state, name, *_: f"{name} {state.step}")
         noted(train, "show", lambda text: "show")
         monkeypatch.setattr(train, moment, signalled)
-        return train.main(tiny(**settings)), done
+        status = train.main(tiny(**settings))
+    assert signal.getsignal(number) is before  # after a run, a signal means what it meant before
+    return status, done
 
 
 @pytest.mark.parametrize(
@@ -212,13 +214,13 @@ def stopped_run(monkeypatch, number, moment, count, **settings):
     + [(signal.SIGTERM, "train_step", 10, 10), (signal.SIGINT, "mean_loss", 4, 11)],
 )
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
-    dataset, monkeypatch, capsys, number, moment, count, step
+    dataset, request, monkeypatch, capsys, number, moment, count, step
 ):
     """Before an evaluation, the resumed run does it; during one (the second split of step 10), it is a step later.
 
     The checkpoint comes before anything is said: SIGKILL may follow, and a terminal that is closed may block.
     """
-    status, done = stopped_run(monkeypatch, number, moment, count, **WILD)
+    status, done = stopped_run(request, monkeypatch, number, moment, count, **WILD)
     assert status == 128 + number
     evaluated = ["best.pt 10", "ckpt.pt 10", "show"] if moment == "mean_loss" else []
     assert done == [*evaluated, f"ckpt.pt {step}", "show"]
@@ -237,8 +239,8 @@ def test_a_kill_in_an_evaluation_loses_no_step(dataset, monkeypatch):
     assert saved == [0, 10, 20]
 
 
-def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop_the_run(dataset, monkeypatch, capsys):
-    status, _ = stopped_run(monkeypatch, signal.SIGTERM, "evaluate", 3)
+def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop_the_run(dataset, request, monkeypatch, capsys):
+    status, _ = stopped_run(request, monkeypatch, signal.SIGTERM, "evaluate", 3)
     assert status is None
     assert "stopped by" not in (out := capsys.readouterr().out)
     assert "best validation loss" in out
@@ -271,9 +273,10 @@ def test_a_closed_terminal_leaves_a_checkpoint_before_anything_is_printed(datase
 @contextmanager
 def start_two(**settings):
     """Two processes that find each other, as torchrun would start them, but each in our own hands."""
-    together = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with ExitStack() as both:
-        yield [both.enter_context(start(*tiny(**settings), RANK=n, LOCAL_RANK=n, **together)) for n in range(2)]
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        yield [both.enter_context(start(*tiny(**settings), **together, **rank)) for rank in ranks]
 
 
 LOST = "another process of this run has exited; --init_from=auto resumes from the last checkpoint"
@@ -305,27 +308,6 @@ def test_after_a_failure_scratch_resumes_the_run(dataset, monkeypatch, capsys):
     train_here(init_from="scratch")
     assert "resuming from out/ckpt.pt at step 10" in capsys.readouterr().out
     assert checkpoint()["step"] == 20
-
-
-@pytest.mark.skipif("KILLS" not in os.environ, reason="half a minute, most of it torchrun's; KILLS=1 runs it")
-def test_torchrun_restarts_what_lost_a_process(dataset, capsys):
-    settings = {"max_iters": 240, "eval_interval": 20, "log_interval": 20, "dropout": 0.0}
-    train_here(**settings, out_dir="one")
-    alone = losses(capsys.readouterr().out)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--max_restarts=3"]
-    argv += ["--nproc_per_node=2", str(REPOSITORY / "train.py"), *tiny(**settings)]
-    with started(argv, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1) as running:
-        for step in (60, 140):  # not just once: torchrun's store remembers every start
-            wait_for_step(running, step)
-            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-        out, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
-    resumed = re.findall(r"resuming from out/ckpt.pt at step (\d+)", out)
-    assert [int(step) >= killed for step, killed in zip(resumed, (60, 140), strict=True)] == [True, True]
-    for step, pair in losses(out).items():
-        assert pair == pytest.approx(alone[step], abs=1e-3)
-    assert checkpoint()["step"] == 240
 
 
 # Disks
@@ -391,6 +373,7 @@ def test_who_waits_for_a_dataset_says_so_and_leaves_a_ready_one_alone_unless_tol
         for other in others:
             other.start()
         while said.count("data/shakespeare_char is in use by another run: waiting for it\n") < 2:
+            assert any(other.is_alive() for other in others)
             said += capsys.readouterr().err
         Path("aside.json").rename(meta)
     for other in others:

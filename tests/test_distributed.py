@@ -29,12 +29,7 @@ def torchrun(*arguments):
     """Run train.py in two processes; torchrun picks a free port."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     argv += ["--nproc_per_node=2", str(REPOSITORY / "train.py"), *arguments]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        try:
-            out, errors = running.communicate(timeout=120)
-        finally:
-            running.kill()
-    return subprocess.CompletedProcess(argv, running.returncode, out, errors)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=240)
 
 
 def test_process_0_prepares_the_data_and_another_number_of_processes_goes_on_with_the_run(folder):

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -31,14 +32,9 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+plain = st.none() | st.booleans() | st.integers() | st.integers(-2, 70) | st.floats() | st.text(max_size=20)
 values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-2, 70)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from(["char", "gpt", "gpt2", "bigram", 10**9, -1, 0]),
+    plain | st.sampled_from(["char", "gpt", "gpt2", "bigram", 10**9, -1, 0]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
@@ -58,15 +54,8 @@ def refused_or_done(*works):
 
 # Checkpoints
 
-SMALL = {
-    "n_layer": 1,
-    "n_embd": 8,
-    "block_size": 8,
-    "batch_size": 2,
-    "max_iters": 2,
-    "eval_interval": 2,
-    "eval_iters": 1,
-}
+SMALL = {"n_layer": 1, "n_embd": 8, "block_size": 8, "batch_size": 2, "max_iters": 2, "eval_interval": 2,
+         "eval_iters": 1}  # fmt: skip
 
 
 @functools.cache
@@ -202,36 +191,31 @@ def test_sizes_that_no_memory_holds_are_refused_before_they_are_tried(trained):
             sample.main([])
 
 
+WTE = "optimizer state transformer.wte.weight"
+UNFIT = "(ValueError: its optimizer state does not fit its weights)"
+
+
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
-        (
-            "optimizer state transformer.wte.weight.steps",
-            torch.zeros(1),
-            "ValueError: its optimizer state does not fit",
-        ),
-        ("optimizer state transformer.wte.weight.mean", torch.zeros(2, 2), "ValueError"),  # a fused kernel would read
-        ("optimizer state transformer.wte.weight.mean", torch.zeros(()), "ValueError"),  # past its end
-        ("optimizer state transformer.wte.weight.square", 1.0, "AttributeError"),
-        ("optimizer state", {}, "ValueError: its optimizer state does not fit its weights"),
-        ("step", -1, "ValueError: step -1"),
-        ("step", 1.5, "ValueError: step 1.5"),
-        ("best_val_loss", float("nan"), "ValueError: step 2, best_val_loss nan"),
-        ("config", {}, "KeyError: 'model'"),
-        ("config", {"model": "gpt"}, None),
-        ("config dataset", "../data/shakespeare_char", None),
-        ("tokenizer", [], "TypeError"),
+        (f"{WTE}.steps", torch.zeros(1), UNFIT),
+        (f"{WTE}.mean", torch.zeros(2, 2), UNFIT),  # a fused kernel would read past its end
+        (f"{WTE}.mean", torch.zeros(()), UNFIT),
+        (f"{WTE}.square", 1.0, "(AttributeError: "),
+        ("optimizer state", {}, UNFIT),
+        ("step", -1, "(ValueError: step -1, "),
+        ("step", 1.5, "(ValueError: step 1.5, "),
+        ("best_val_loss", float("nan"), "(ValueError: step 2, best_val_loss nan"),
+        ("config", {}, "(KeyError: 'model')"),
+        ("config", {"model": "gpt"}, "holds another model"),
+        ("config dataset", "../data/shakespeare_char", "dataset must be a plain folder name"),
+        ("tokenizer", [], "(TypeError: "),
     ],
 )
 def test_a_checkpoint_that_no_run_has_written_is_refused(trained, place, value, problem):
     torch.save(changed(trained(), place.split(), value, False), "out/ckpt.pt")
     before = Path("out/ckpt.pt").read_bytes()
-    expected = (
-        r"^out/ckpt.pt holds another model|^dataset must be a plain folder name"
-        if problem is None
-        else (rf"^cannot open out/ckpt.pt \({problem}")
-    )
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=re.escape(problem)):
         resume()
     assert Path("out/ckpt.pt").read_bytes() == before
 
@@ -243,12 +227,10 @@ def test_a_checkpoint_that_no_run_has_written_is_refused(trained, place, value, 
 @given(data=st.data())
 def test_a_dataset_with_another_meta_json(dataset, data):
     path = dataset / "meta.json"
-    good = dataset / "good.json"
-    if not good.exists():
-        good.write_bytes(path.read_bytes())
-    meta = json.loads(good.read_bytes())
-    place = data.draw(st.sampled_from(list(places(meta))))
-    meta = data.draw(values) if data.draw(st.integers(0, 9)) == 0 else changed(meta, place, data.draw(values), False)
+    if not Path("good.json").exists():
+        shutil.copy(path, "good.json")
+    meta = json.loads(Path("good.json").read_bytes())
+    meta = data.draw(values) if data.draw(st.integers(0, 9)) == 0 else drawn_change(data, meta, values)
     path.write_text(json.dumps(meta), errors="surrogatepass")
     refused_or_done(lambda: train_here(**SMALL | {"init_from": "scratch"}))
 
@@ -268,9 +250,7 @@ def test_a_dataset_with_other_tokens(dataset, split, tokens, promised):
 
 @fuzz
 @given(
-    words=st.lists(
-        st.text(max_size=12) | st.sampled_from(["config/shakespeare_char.py", "--n_layer", "x.py"]), max_size=3
-    ),
+    words=st.lists(st.text(max_size=12) | st.sampled_from(["config/shakespeare_char.py", "--n_layer"]), max_size=3),
     key=st.sampled_from([*train.TrainConfig.__dataclass_fields__, "nonsense"]),
     value=values,
 )
@@ -283,9 +263,7 @@ def test_a_command_with_other_words(folder, words, key, value):
 
 
 @fuzz
-@given(
-    lines=st.lists(st.tuples(st.sampled_from(["n_layer", "dropout", "out_dir", "_x", "a b", ""]), values), max_size=4)
-)
+@given(lines=st.lists(st.tuples(st.sampled_from(["n_layer", "out_dir", "_x", "a b", ""]), values), max_size=4))
 def test_a_recipe_with_other_lines(folder, lines):
     Path("recipe.py").write_text("\n".join(f"{name} = {value!r}" for name, value in lines), errors="surrogatepass")
     with pytest.raises(UserError):
