@@ -117,6 +117,17 @@ def test_machines_whose_files_or_commands_differ_do_not_train_together(
             refuse(train.Process(rank, 2, torch.device("cpu"), torch.float32), own)
 
 
+def test_of_a_long_split_the_first_and_the_last_million_tokens_are_compared(folder):
+    Path("data/long").mkdir(parents=True)
+    found = set()
+    for place in (0, 999_999, -1_000_000, -1):
+        ids = np.zeros(2_000_002, "<u2")
+        ids[place] = 1
+        ids.tofile("data/long/train.bin")
+        found.add(train.Tokens("long", "train", {"vocab_size": 2}, 8).fingerprint())
+    assert len(found) == 4
+
+
 # Runs of one to four processes, all in one start
 
 
