@@ -87,6 +87,13 @@ def change_token(split, place):
     ids.tofile(f"data/shakespeare_char/{split}.bin")
 
 
+def change_weights():
+    """Of another run with as many steps."""
+    other = checkpoint()
+    other["model"]["transformer.ln_f.weight"] += 0.5
+    torch.save(other, "out/ckpt.pt")
+
+
 @pytest.mark.parametrize(
     ("difference", "settings", "what"),
     [
@@ -94,23 +101,26 @@ def change_token(split, place):
         (lambda: change_meta(val_bytes=5), {}, "meta.json"),
         (lambda: change_token("train", 0), {}, "data/shakespeare_char/train.bin"),
         (lambda: change_token("val", -1), {}, "data/shakespeare_char/val.bin"),
-        (lambda: train_here(max_iters=15), {}, "step of out/ckpt.pt"),
-        (lambda: None, {"learning_rate": 2e-3}, "settings"),
-        (lambda: None, {"device": "auto", "compile": False}, None),
+        (lambda: train_here(max_iters=15), {}, "step, weights"),
+        (lambda: change_weights(), {}, "weights"),
+        (lambda: None, {"learning_rate": 2e-3}, "learning_rate"),
+        (lambda: None, {"eval_only": True}, "eval_only"),
     ],
 )
 def test_machines_whose_files_or_commands_differ_do_not_train_together(
     dataset, monkeypatch, difference, settings, what
 ):
     """They would, with a loss that means nothing. Each machine's facts are gathered here, one after another."""
-    facts, machines, refuse = [], [], train.Process.refuse_unequal
-    monkeypatch.setattr(train.Process, "refuse_unequal", lambda self, own: facts.append(own))
+    machines, refuse = [], train.Process.refuse_unequal
     train_here(max_iters=10)
     for keys in ({}, settings):
         if machines:
             difference()
-        train.start(train.read(train.TrainConfig, tiny(**keys)))
-        machines.append(facts[-1])
+        with monkeypatch.context() as of_two:
+            of_two.setattr(train, "join_processes", lambda _: train.Process(0, 2, torch.device("cpu"), torch.float32))
+            of_two.setattr(train.dist, "barrier", lambda group: None)
+            of_two.setattr(train.Process, "refuse_unequal", lambda self, own: machines.append(own))
+            train.start(train.read(train.TrainConfig, tiny(**keys)))
     monkeypatch.setattr(train.dist, "all_gather_object", lambda found, *_: found.__setitem__(slice(None), machines))
     for rank, own in enumerate(machines):
         with pytest.raises(UserError, match=f"^not the same in every process: {what};") if what else nullcontext():
@@ -269,4 +279,4 @@ def test_a_signal_is_told_by_its_name_and_all_end_at_one_step_after_the_checkpoi
 
 def test_processes_with_different_settings_all_end_with_the_difference(found):
     for process in found[:2]:
-        assert process["unequal"]["status"].startswith("not the same in every process: settings; ")
+        assert process["unequal"]["status"].startswith("not the same in every process: seed, weights; ")

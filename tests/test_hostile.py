@@ -209,7 +209,7 @@ UNFIT = "(ValueError: its optimizer state does not fit its weights)"
         ("config", {}, "(KeyError: 'model')"),
         ("config", {"model": "gpt"}, "holds another model"),
         ("config dataset", "../data/shakespeare_char", "dataset must be a plain folder name"),
-        ("tokenizer", [], "(TypeError: "),
+        ("tokenizer", [], "(AttributeError: "),
     ],
 )
 def test_a_checkpoint_that_no_run_has_written_is_refused(trained, place, value, problem):

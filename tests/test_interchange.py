@@ -374,13 +374,19 @@ def with_end(folder):
     return library
 
 
-@pytest.mark.parametrize("eos_token", ["<|endoftext|>", {"content": "</s>", "special": True}])
-def test_the_end_token_is_kept_on_every_way(with_end, capsys, monkeypatch, eos_token):
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({}, "<|endoftext|>"),
+        ({"tokenizer_config.json": {"content": "</s>", "special": True}}, "</s>"),
+        ({"special_tokens_map.json": "</s>", "tokenizer_config.json": None}, "</s>"),
+        ({"tokenizer_config.json": "<a token that it lacks>"}, "<|endoftext|>"),
+    ],
+)
+def test_the_end_token_is_kept_on_every_way(with_end, capsys, monkeypatch, said, name):
     """Sampled from, fine-tuned and exported, each from the folder that the one before wrote."""
-    name = "<|endoftext|>"  # without the folder's word for it
-    if name != eos_token:
-        Path("theirs/tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
-        name = "</s>"
+    for file, eos_token in said.items():
+        Path("theirs", file).write_text(json.dumps({"eos_token": eos_token}))
     end, king = with_end.token_to_id(name), with_end.encode("king").ids[0]
     prepare.main(["--dataset=mine", "--input=mine.txt", "--tokenizer=theirs"])
     train_here(dataset="mine", init_from="theirs", max_iters=1)
@@ -415,7 +421,15 @@ def test_a_text_ends_at_the_end_token_each_at_its_own(with_end, capsys, monkeypa
 
 
 def test_an_export_does_not_mix_with_the_files_of_another(trained):
-    for kept in ("README.md", ".gitattributes", ".git/config.json", "notes.txt", "ckpt.pt"):
+    for kept in (
+        "README.md",
+        ".gitattributes",
+        ".git/config.json",
+        "notes.txt",
+        "ckpt.pt",
+        "results.json",
+        "train.bin",
+    ):
         (Path("hf") / kept).parent.mkdir(parents=True, exist_ok=True)
         (Path("hf") / kept).touch()
     export()

@@ -114,6 +114,7 @@ def test_the_beginning_of_a_text_is_train_and_an_id_is_a_characters_place_among_
         "val_bytes": len(TEXT[n_train:].encode()),
         "source": "my.txt",
         "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
+        "val_fraction": round(1 - share, 2),
     }
     train, val = b"".join(ids[:n_train]), b"".join(ids[n_train:])
     assert found == {"input.txt": TEXT.encode(), "train.bin": train, "val.bin": val}
