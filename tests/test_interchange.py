@@ -421,15 +421,8 @@ def test_a_text_ends_at_the_end_token_each_at_its_own(with_end, capsys, monkeypa
 
 
 def test_an_export_does_not_mix_with_the_files_of_another(trained):
-    for kept in (
-        "README.md",
-        ".gitattributes",
-        ".git/config.json",
-        "notes.txt",
-        "ckpt.pt",
-        "results.json",
-        "train.bin",
-    ):
+    others = ["README.md", ".gitattributes", ".git/config.json", "notes.txt", "ckpt.pt", "results.json", "train.bin"]
+    for kept in others:
         (Path("hf") / kept).parent.mkdir(parents=True, exist_ok=True)
         (Path("hf") / kept).touch()
     export()
