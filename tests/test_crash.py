@@ -361,20 +361,25 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(da
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_who_waits_for_a_dataset_says_so_and_leaves_a_ready_one_alone_unless_told_to_prepare_it(dataset, capsys, told):
+def test_who_waits_for_a_dataset_says_so_and_leaves_a_ready_one_alone_unless_told_to_prepare_it(
+    dataset, capsys, monkeypatch, told
+):
     """Threads here, but the lock is the files', so they might be processes: python prepare.py, or two trainings."""
     meta, expected = dataset / "meta.json", {file.name: file.read_bytes() for file in dataset.iterdir()}
     os.utime(meta, (1, 1))
+    said = []
+    monkeypatch.setattr(prepare, "print", lambda text, file: said.append(text), raising=False)
     work = (lambda: prepare.main([])) if told else (lambda: prepare.prepared("shakespeare_char"))
     others = [threading.Thread(target=work, daemon=True) for _ in range(2)]
     with prepare.locked(dataset / "lock"):
         meta.rename("aside.json")
         for other in others:
             other.start()
-        said, deadline = "", time.monotonic() + 30
-        while said.count("data/shakespeare_char is in use by another run: waiting for it") < 2:
+        deadline = time.monotonic() + 30
+        while len(said) < 2:
             assert time.monotonic() < deadline
-            said += capsys.readouterr().err
+            time.sleep(0.01)
+        assert said == ["data/shakespeare_char is in use by another run: waiting for it"] * 2
         Path("aside.json").rename(meta)
     for other in others:
         other.join(60)
