@@ -206,8 +206,9 @@ def dataset_folder(dataset: str) -> Path:
 
 # The text
 
-# A piece is what is read at once, a part what one core encodes. Both end after a word and before a space. A token of
-# GPT-2's ends there, too, so its tokens do not depend on these cuts.
+# A text is read in pieces. A piece is cut into parts, which the cores encode side by side. Both are cut after a word
+# and before a space, where a token of GPT-2's ends anyway: the cuts do not change its tokens. They may change those of
+# another tokenizer a little; that no text is lost is checked by `write_tokens`.
 PART = 2**14  # characters in a part, at most
 WORD_END = r"(?<=[^\W_])(?= )"
 PARTS = re.compile(rf"(?s).{{1,{PART}}}{WORD_END}|.{{1,{PART}}}")  # where no word ends, a part ends anywhere
@@ -240,6 +241,7 @@ def read_pieces(path: Path) -> Iterator[str]:
                 *parts, rest = PARTS.findall(rest + more)
                 yield "".join(parts)  # the rest may end within a word, so it waits for what is read next
         except UnicodeDecodeError as error:
+            # error.object are the bytes that were being decoded; they end where the file has been read to.
             at = file.buffer.tell() - len(error.object) + error.start
             raise not_utf8(path, f"byte {at:,} is {error.object[error.start]:#x}") from None
     yield rest
@@ -453,7 +455,8 @@ def file_facts(path: Path) -> dict:
     if "tokenizer" in facts:  # a meta.json
         return facts
     end = END
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # of Hugging Face's format; the second counts
+    # In Hugging Face's format either file may name it; where both do, tokenizer_config.json wins.
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if files[0].with_name(name).is_file():
             end = json.loads(files[0].with_name(name).read_bytes()).get("eos_token") or end
     return {"tokenizer": str(files[0]), "json": content, "end": end["content"] if isinstance(end, dict) else end}
@@ -519,10 +522,10 @@ def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     for id in itertools.chain(ids, [None]):  # None: the end
         if id is not None:
             new.append(id)
-        # Some tokenizers drop the space of the first token that they decode. So the tokens yielded last are decoded
-        # again in front of the new ones, and their text is cut off.
-        n_shown = len(tokenizer.decode(np.array(before, TOKEN)))
-        text = tokenizer.decode(np.array(before + new, TOKEN))[n_shown:]
+        # Some tokenizers drop the leading space of whatever they decode. So the new tokens are never decoded alone, but
+        # after those of before, whose text is cut off.
+        shown = tokenizer.decode(np.array(before, TOKEN))
+        text = tokenizer.decode(np.array(before + new, TOKEN))[len(shown) :]
         if text and (id is None or not text.endswith("\ufffd")):  # U+FFFD stands for an unfinished character
             yield text
             before, new = new, []
@@ -532,12 +535,12 @@ def decoded_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def prepared(dataset: str) -> dict:
-    """meta.json of the dataset, which is prepared first where it is missing. A text that was edited since is told."""
+    """meta.json of the dataset, which is prepared first where it is missing. Says so if its text was edited since."""
     meta, text = dataset_folder(dataset) / "meta.json", dataset_folder(dataset) / "input.txt"
     if not meta.exists():
         prepare(PrepareConfig(dataset=dataset), overwrite=False)
     elif text.exists() and text.stat().st_mtime > meta.stat().st_mtime + 60:
-        # Not at once, for the files of a copied folder may get their times in any order.
+        # A minute, because copying a folder may give its files their times in any order.
         split = flag("val_fraction", load_meta(dataset).get("val_fraction", 0.1))
         again = f"python prepare.py {flag('dataset', dataset)} {flag('tokenizer', meta)} {split}"
         show(f"{text} is newer than its tokens, which are used as they are: {again} makes new ones")

@@ -209,7 +209,11 @@ def evaluation_due(step: int, config: TrainConfig) -> bool:
 
 
 def train_step(model: Callable, state: State, tokens: Tokens, config: TrainConfig, process: Process) -> dict:
-    """One step down the gradient of batch `state.step`. Returns this process's metrics, tensors on its device."""
+    """One step down the gradient of batch `state.step`.
+
+    `model` has the weights of `state.model`, compiled and parallel. Returns metrics, scalars on the device, which
+    `Log.report` averages over the processes: one more here becomes a column of log.csv.
+    """
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, config)
     micro_steps = config.gradient_accumulation_steps
@@ -279,14 +283,14 @@ class Optimizer:
     that no direction dominates. Steps are scaled to AdamW's size (Liu et al., 2025); the best rates are still higher.
 
     Any of torch.optim's classes may take its place: the run uses param_groups, step, state_dict and load_state_dict.
-    Their AdamW is called as a function, because importing the classes also imports torch.compile: 4.6 of the 13.3 s
+    Their AdamW is called as a function, because to make an object of the class imports torch.compile: 4.6 of the 13.3 s
     before the first step of the reference run on an H100 (torch 2.11).
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32):
         self.dtype = torch.float32 if dtype == torch.float16 else dtype  # of Muon's products; float16 underflows
         self.betas = {"beta1": config.beta1, "beta2": config.beta2}
-        groups = defaultdict(dict)  # parameters that are updated together, by name
+        groups = defaultdict(dict)  # parameters that are updated together, by name; those of a block are called *.h.N.*
         for name, p in model.named_parameters():
             if config.optimizer == "muon" and p.dim() == 2 and ".h." in name:
                 groups["muon", p.shape][name] = p
@@ -315,7 +319,8 @@ class Optimizer:
 
     def adamw(self, group: dict) -> None:
         gradients = [p.grad for p in group["params"]]
-        tensors = (group["params"], gradients, group["mean"], group["square"], [], group["steps"])
+        maxima = []  # of the squares, for amsgrad
+        tensors = (group["params"], gradients, group["mean"], group["square"], maxima, group["steps"])
         rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": 1e-8}
         adamw_step(*tensors, **self.betas, **rates, fused=True, amsgrad=False, maximize=False)
 
@@ -412,9 +417,11 @@ def evaluation_batches(n_tokens: int, among: int, length: int, rows: int) -> lis
 # Starting, saving and resuming
 
 
-# A key that was not given takes its saved value (`follow`), unless it is one of NOT_FOLLOWED. Shape and tokenizer and,
-# when a run is resumed, optimizer, init_from and text must be the saved ones (`check_fits`). Any other key may change.
-# init_from=auto, resume and scratch stand for the saved one; another name must equal it.
+# What becomes of a checkpoint's keys and facts:
+#   a key not given   takes its saved value (`follow`), unless it is one of NOT_FOLLOWED
+#   a key given       may differ, but not the SHAPE nor, in a resumed run, the optimizer (`check_fits`)
+#   a fact            the tokenizer must be the same; in a resumed run also the text and the class of the optimizer
+#   init_from         in a resumed run, auto, resume and scratch stand for the saved one; another name must equal it
 NOT_FOLLOWED = ("init_from", "out_dir", "eval_only", "device", "compile", "tensorboard")
 SHAPE = ["model", *(name for name in MODEL_KEYS if name != "dropout")]
 TEXT_FACTS = ("sha256", "train_tokens", "shards")  # what meta.json and ckpt.pt say of the text and its size
@@ -468,8 +475,8 @@ class State:
         if self.step > 0 and val_loss <= self.best_val_loss:
             self.best_val_loss, self.best_step = val_loss, self.step
             self.save("best.pt", config, process)
-            # Again, now that it has the new best: if this is the last step, a run resumed with a higher max_iters does
-            # not evaluate here again, and would not know of it.
+            # Again, now that it has the new best: a last step that is no multiple of eval_interval is not evaluated
+            # again by a run resumed with a higher max_iters, which would not know of it.
             self.save("ckpt.pt", config, process)
 
     def restore(self, checkpoint: dict) -> None:
@@ -887,7 +894,8 @@ class Log:
         row |= {name: f"{value:.7g}" for name, value in metrics.items()}
         self.rows.append(row)
         new = [name for name in row if name not in self.columns]
-        appending, self.written = self.written and not new, False  # until this row is written
+        appending = self.written and not new
+        self.written = False  # if the write below fails, the next row writes the whole file anew
         if appending:
             with open(self.path, "a") as file:
                 file.write(self.line(row))

@@ -161,8 +161,8 @@ def convert(schema: type, name: str, value: Any, where: str) -> Any:
 def allowed_values(schema: type, name: str) -> list:
     """The types and words that a key may have: bool | Literal["auto"] -> [bool, "auto"]."""
     annotation = get_type_hints(schema)[name]
-    parts = get_args(annotation) or [annotation]  # of a union, the words of a Literal, or the type itself
-    return [value for part in parts for value in get_args(part) or [part]]  # a Literal may stand within a union
+    parts = get_args(annotation) or [annotation]  # bool | Literal["auto"] -> bool, Literal["auto"]; int -> int
+    return [value for part in parts for value in get_args(part) or [part]]  # Literal["auto"] -> "auto"
 
 
 def requirement(schema: type, name: str) -> str:
@@ -269,11 +269,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a model or a path may have any character
     rank, world_size = 0, 1
-    status, problem = 1, ""  # until all that `main` has printed is out
+    status, problem = 1, ""
     try:
         rank, world_size = rank_and_size()
         ended = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
+        sys.stdout.flush()  # may fail, on a full disk for one: then the status stays 1
         status = ended
     except BrokenPipeError:  # the reader has seen enough, as in `sample.py | head`
         status = 128 + 13
@@ -296,7 +296,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         else:
             raise
     if problem:
-        if rank > 0:  # torchrun ends the others once process 0 has exited, so a mistake that all share is told once
+        if rank > 0:  # waits to be ended: process 0 tells a mistake that all share, exits, and torchrun ends the others
             with suppress(KeyboardInterrupt):
                 time.sleep(5)
         who = f", process {rank}" if world_size > 1 else ""
