@@ -946,7 +946,7 @@ def test_what_does_not_work_is_told_and_not_used(gpus, monkeypatch, capsys, devi
 def test_compiled_training_learns_the_same(dataset, capsys):
     for compiled in (False, True):
         train_here(max_iters=2, dropout=0.0, feed_forward=False, compile=compiled, out_dir=f"out/{compiled}")
-    assert "does not work" not in capsys.readouterr().out
+    assert ("does not work" in capsys.readouterr().out) == torch.__version__.startswith("2.6.")  # which loses gradients
     plain, fused = ([float(row["loss"]) for row in reports(f"out/{c}/log.csv")] for c in (False, True))
     assert fused == pytest.approx(plain, abs=1e-4)
     assert not any("_orig_mod" in name for name in checkpoint("out/True/ckpt.pt")["model"])
