@@ -1256,6 +1256,16 @@ def test_an_optimizer_of_torch_trains_at_the_scheduled_rate_and_resumes_exactly(
         train_here(max_iters=6)  # it would take Adagrad's state, and fail in its first step
 
 
+def test_a_checkpoint_that_does_not_name_its_optimizer_says_how_to_use_its_weights(trained):
+    """As older ones, whose moments were stored otherwise, and a best.pt in the place of ckpt.pt."""
+    older = checkpoint()
+    del older["optimizer"]["class"]
+    for content in (older, checkpoint("out/best.pt")):
+        torch.save(content, "out/ckpt.pt")
+        with pytest.raises(ConfigError, match=r"\(optimizer_class 'unknown' .*--init_from=out/ckpt.pt fine-tunes"):
+            train_here(max_iters=6)
+
+
 def test_a_metric_in_the_row_is_a_column_and_older_rows_stay(trained, monkeypatch):
     *before, _ = rows()  # the evaluation of step 4 is repeated
     with monkeypatch.context() as changed:
